@@ -1,0 +1,112 @@
+"""What each command does with its checked Config. Returns the exit code; raises UserError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from longalign.progress import console
+from longalign.schema import Config
+
+
+def prepare(config: Config, dry_run: bool) -> int:
+    from longalign.data.prepare import describe, prepare_synthetic
+
+    if dry_run:
+        for line in describe(config):
+            console.print(line, highlight=False)
+        return 0
+    for file, count in prepare_synthetic(config).items():
+        console.print(f"{file}: {count:,} samples", highlight=False)
+    return 0
+
+
+def tokenize(config: Config, dry_run: bool) -> int:
+    from longalign.data import tokenize as module
+
+    if dry_run:
+        files = module.sources(config)
+        for is_long, group in files.items():
+            for file in group:
+                console.print(f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)", highlight=False)
+        processes = module.count_processes(config, files)
+        console.print(f"{processes} processes -> {config.output_dir}", highlight=False)
+        return 0
+    manifest = module.tokenize(config)
+    console.print(ledger_table(manifest))
+    wanted = config.datanum.n_long
+    if wanted is not None and manifest["long_samples"] < wanted:
+        console.print(
+            f"[yellow]warning:[/] datanum={config.datanum.name} asks for {wanted:,} long samples, "
+            f"long_file has {manifest['long_samples']:,} usable ones",
+            highlight=False,
+        )
+    dropped = sum(n for entry in manifest["ledger"].values() for n in entry["dropped"].values())
+    if dropped:
+        console.print(f"{dropped:,} samples dropped, named in {config.output_dir}/dropped.jsonl", highlight=False)
+    return 0
+
+
+def ledger_table(manifest: dict[str, Any]) -> Table:
+    table = Table(title=f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens", title_justify="left")
+    for column in ("source", "in", "kept", "not chosen", "dropped", "cut", "tokens in", "kept", "targets in", "kept"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source, e in manifest["ledger"].items():
+        dropped = sum(e["dropped"].values())
+        counts = (e["samples_in"], e["rows_kept"], e["rows_not_chosen"], dropped, e["truncated"])
+        amounts = (e["tokens_in"], e["tokens_kept"], e["targets_in"], e["targets_kept"])
+        table.add_row(source, *(f"{n:,}" for n in (*counts, *amounts)))
+        for reason, n in e["dropped"].items():
+            table.add_row(f"  dropped: {reason}", "", "", "", f"{n:,}")
+    return table
+
+
+def group(config: Config, dry_run: bool) -> int:
+    import tempfile
+
+    from longalign.data import plan
+
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = plan.group(config, Path(scratch) / "plan" if dry_run else Path(config.output_dir or ""))
+    console.print(plan_table(manifest, config.strategy.name))
+    return 0
+
+
+def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
+    table = Table(title=f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs", title_justify="left")
+    for column in ("epoch", "steps", "packs", "fill ratio", "sequences/pack", "tokens/step", "cost max/mean"):
+        table.add_column(column, justify="right")
+    for number, e in enumerate(manifest["epochs"]):
+        table.add_row(
+            str(number),
+            f"{e['steps']:,}",
+            f"{e['packs']:,}",
+            f"{e['fill_ratio']:.4f}",
+            str(e["sequences_per_pack"]),
+            f"{e['tokens_per_step']:,}",
+            str(e["cost_max_over_mean"]),
+        )
+    return table
+
+
+def train(config: Config, dry_run: bool) -> int:
+    from longalign import launch
+
+    if dry_run:
+        launch.show(launch.prepare_run(config, dry_run=True)[1])
+        return 0
+    return launch.train(config)
+
+
+def eval(config: Config, dry_run: bool) -> int:
+    from longalign.evaluate import run
+
+    return run.run(config, dry_run)
+
+
+def chat(config: Config, dry_run: bool) -> int:
+    from longalign import chat as module
+
+    return module.chat(config, dry_run)

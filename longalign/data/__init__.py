@@ -1,0 +1,1 @@
+"""Raw messages -> tokenised rows -> a plan of packs -> batches."""

@@ -1,0 +1,68 @@
+"""Packs of sample ids -> the tensors of one micro-step.
+
+Two samples (5 6 7) and (8 9), the answers being (7) and (9), become
+
+    input_ids        5 6 7 8 9
+    position_ids     0 1 2 0 1
+    cu_seqlens       0 3 5
+    target_rows      1 3         the hidden states that predict them: one place earlier
+    target_ids       7 9
+    target_sample    0 1         which sample of the batch each target belongs to
+
+There is no padding and no attention mask: attention is block-diagonal by cu_seqlens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from longalign.data.template import IGNORE
+
+
+@dataclass
+class Batch:
+    """T tokens, S samples, N targets."""
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T]
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    max_seqlen: int
+    target_rows: torch.Tensor  # int64 [N], places in T
+    target_ids: torch.Tensor  # int64 [N]
+    target_sample: torch.Tensor  # int64 [N], places in S
+    n_target: torch.Tensor  # int64 [S]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+def concatenate(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Batch:
+    """Put samples behind one another. Each labels[i][0] must be -100: nothing before it may predict it."""
+    assert all(row[0] == IGNORE for row in labels)
+    lengths = [len(row) for row in input_ids]
+    flat_labels = np.concatenate(labels)
+    places = np.flatnonzero(flat_labels != IGNORE)
+    sample_of_token = np.repeat(np.arange(len(lengths)), lengths)
+    target_sample = sample_of_token[places]
+    as_long = lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    return Batch(
+        input_ids=as_long(np.concatenate(input_ids))[None],
+        position_ids=as_long(np.concatenate([np.arange(n) for n in lengths]))[None],
+        cu_seqlens=torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32),
+        max_seqlen=max(lengths),
+        target_rows=as_long(places - 1),
+        target_ids=as_long(flat_labels[places]),
+        target_sample=as_long(target_sample),
+        n_target=as_long(np.bincount(target_sample, minlength=len(lengths))),
+    )
+
+
+def load_batch(dataset: Dataset, sample_ids: list[int]) -> Batch:
+    """Read samples of a tokenised dataset (its row number is the sample id) and concatenate them."""
+    rows = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")[sample_ids]
+    return concatenate(list(rows["input_ids"]), list(rows["labels"]))

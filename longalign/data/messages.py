@@ -1,0 +1,141 @@
+"""Read conversations from files, and put them into the one form that templates expect.
+
+A raw sample is `{"messages": [{"role": "system" | "user" | "assistant", "content": str | None}, ...]}` or, for
+continued training, `{"text": str}`. What cannot be used is returned with its reason, never dropped silently.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from longalign.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+ROLES = ("system", "user", "assistant")
+# Invisible characters that answers scraped from web pages carry (the reference removes them too).
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+
+Messages = list[dict[str, str]]
+
+
+class BadSample(ValueError):
+    """A sample that cannot be trained on; the message is the reason that the ledger counts."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One record of a file, not yet understood: `value` is JSON text (bytes) or an object of a table row."""
+
+    file: str
+    line: int  # from 1; for .json and .parquet the record's place
+    value: Any
+
+
+def expand(patterns: list[str], setting: str) -> list[Path]:
+    """Paths and globs -> files, in a fixed order. Raises UserError for one that is missing or unreadable."""
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"{setting}={pattern}: no such file; {setting}=null leaves this source out")
+        for file in found:
+            if not file.name.endswith(SUFFIXES):
+                raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(SUFFIXES)}")
+        files += found
+    return files
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.name.endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True))
+    return open(path, "rb")
+
+
+def read(path: Path) -> Iterator[Raw]:
+    """Yield every record of a file; blank lines are skipped. Raises UserError if the file is not readable."""
+    try:
+        if path.name.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            rows = (row for batch in pq.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
+        elif path.name.endswith(".json"):
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: a .json file holds one array of samples; use .jsonl for one per line")
+        else:
+            with _open_lines(path) as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield Raw(str(path), number, line)
+            return
+        for number, row in enumerate(rows, start=1):
+            yield Raw(str(path), number, row)
+    except UserError:
+        raise
+    except Exception as error:  # each of the four formats has its own exceptions for a damaged file
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def understand(raw: Raw) -> dict[str, Any]:
+    """The record as an object. Raises BadSample."""
+    value = raw.value
+    if isinstance(value, bytes):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BadSample("malformed JSON") from error
+    if not isinstance(value, dict):
+        raise BadSample("not a JSON object")
+    return value
+
+
+def conversation(sample: dict[str, Any]) -> Messages:
+    """The sample's messages, checked: an optional system message, then user and assistant in turn.
+
+    None content becomes an empty string; zero-width characters leave answers; a last user message that nobody
+    answered is left out. Raises BadSample for anything else.
+    """
+    messages = sample.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadSample("no messages")
+    checked: Messages = []
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            raise BadSample("message without a role")
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            raise BadSample(f"unknown role {str(role)[:20]!r}")
+        if not isinstance(content, str | None):
+            raise BadSample("content is not text")
+        content = content or ""
+        checked.append({"role": role, "content": content.translate(ZERO_WIDTH) if role == "assistant" else content})
+    turns = checked[1:] if checked[0]["role"] == "system" else checked
+    if turns and turns[-1]["role"] == "user":
+        turns = turns[:-1]
+        checked = checked[:-1]
+    if not turns:
+        raise BadSample("no answered question")
+    for place, turn in enumerate(turns):
+        if turn["role"] != ("user", "assistant")[place % 2]:
+            raise BadSample("roles do not alternate")
+    return checked
+
+
+def merge_system(messages: Messages) -> Messages:
+    """For templates without a place for a system message: put it before the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]

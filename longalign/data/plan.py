@@ -1,0 +1,339 @@
+"""Which samples share a pack, and which packs share an optimizer step.
+
+    lengths of all samples -> packs of one epoch (naive, sorted, packing) -> steps -> plan.parquet
+
+A plan knows nothing of GPUs: `deal` spreads the packs of a step over however many ranks there are when it is
+trained on, and the loss does not depend on how (see model/loss.py). Every sample with a target stands in exactly
+one pack of every epoch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from bisect import bisect_left, insort
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, load_from_disk
+
+from longalign.errors import UserError
+from longalign.files import fresh_folder, read_json, write_json
+from longalign.model.cost import Cost, cost_of
+from longalign.schema import Config, Strategy
+
+SCHEMA = pa.schema(
+    [
+        ("epoch", pa.int32()),
+        ("step", pa.int32()),
+        ("pack", pa.int64()),
+        ("sample_ids", pa.list_(pa.int64())),
+        ("tokens", pa.int64()),
+        ("n_sequences", pa.int32()),
+        ("n_target", pa.int64()),
+        ("cost", pa.float64()),
+    ]
+)
+ROWS_PER_GROUP = 16384
+
+
+class Packs(NamedTuple):
+    """Pack p holds samples[offsets[p] : offsets[p + 1]]."""
+
+    samples: np.ndarray  # int64, places in `lengths`
+    offsets: np.ndarray  # int64 [packs + 1]
+
+
+# -- strategies: one epoch's packs, in training order -----------------------------------------------------
+
+
+def one_each(order: np.ndarray) -> Packs:
+    """Every sample its own pack."""
+    return Packs(order.astype(np.int64), np.arange(len(order) + 1))
+
+
+def sort_in_runs(lengths: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Runs of `group_size` neighbours in length order, the runs in random order; a shorter last run stays last.
+
+    Paper section 3.3, "sorted batching": a batch of neighbours in length, chosen without repetition.
+    """
+    shuffled = rng.permutation(len(lengths))  # so that equal lengths meet at random
+    order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    whole = len(order) // group_size * group_size
+    first = rng.integers(len(order) - whole + 1)  # the samples outside whole runs: not always the longest
+    runs = np.delete(order, np.s_[first : first + len(order) - whole]).reshape(-1, group_size)
+    return np.concatenate([rng.permutation(runs).reshape(-1), order[first : first + len(order) - whole]])
+
+
+def next_fit(lengths: np.ndarray, max_length: int, order: np.ndarray) -> Packs:
+    """Fill a pack in the given order until the next sample does not fit: the paper's packing.
+
+    max_length 8, lengths 3 5 4 -> packs (3 5) (4): an exact fill is allowed, the last pack is kept.
+    """
+    offsets, room = [0], max_length
+    for place, length in enumerate(lengths[order].tolist()):
+        if length > room:
+            offsets.append(place)
+            room = max_length
+        room -= length
+    return Packs(order.astype(np.int64), np.array([*offsets, len(order)]))
+
+
+def best_fit(lengths: np.ndarray, max_length: int, order: np.ndarray, window: int) -> Packs:
+    """Best-fit decreasing within windows of `window` samples of the given order.
+
+    Longest first, each sample goes into the fullest pack that still has room for it. Samples of a window's pack
+    that ended less than 99% full wait for the next window.
+    """
+    packs: list[list[int]] = []
+    waiting: list[int] = []
+    for start in range(0, len(order), window):
+        mine = np.concatenate([np.array(waiting, np.int64), order[start : start + window].astype(np.int64)])
+        mine = mine[np.argsort(-lengths[mine], kind="stable")]
+        rooms: list[tuple[int, int]] = []  # (room, pack), sorted
+        filled: list[list[int]] = []
+        room_of: list[int] = []
+        for sample, length in zip(mine.tolist(), lengths[mine].tolist(), strict=True):
+            place = bisect_left(rooms, (length, -1))
+            if place < len(rooms):
+                room, pack = rooms.pop(place)
+                filled[pack].append(sample)
+            else:
+                room, pack = max_length, len(filled)
+                filled.append([sample])
+                room_of.append(max_length)
+            room_of[pack] = room - length
+            if room_of[pack]:
+                insort(rooms, (room_of[pack], pack))
+        last = start + window >= len(order)
+        waiting = []
+        for pack, room in zip(filled, room_of, strict=True):
+            if room * 100 > max_length and not last:
+                waiting += pack
+            else:
+                packs.append(pack)
+    offsets = np.cumsum([0, *map(len, packs)])
+    return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
+
+
+def shuffle_packs(packs: Packs, rng: np.random.Generator) -> Packs:
+    order = rng.permutation(len(packs.offsets) - 1)
+    sizes = np.diff(packs.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
+    return Packs(packs.samples[np.repeat(packs.offsets[:-1][order], sizes) + within], offsets)
+
+
+def epoch_packs(lengths: np.ndarray, strategy: Strategy, max_length: int, seed: int, epoch: int) -> Packs:
+    """The packs of one epoch in training order; regrouped from (seed, epoch)."""
+    rng = np.random.default_rng([seed, epoch])
+    if strategy.name == "naive":
+        return one_each(rng.permutation(len(lengths)))
+    if strategy.name == "sorted":
+        return one_each(sort_in_runs(lengths, strategy.group_size, rng))
+    order = rng.permutation(len(lengths))
+    if strategy.packer == "next_fit":
+        return next_fit(lengths, max_length, order)
+    return shuffle_packs(best_fit(lengths, max_length, order, strategy.window), rng)
+
+
+def packs_per_step(strategy: Strategy) -> int:
+    return strategy.batch_size if strategy.name in ("naive", "sorted") else strategy.packs_per_step
+
+
+# -- ranks ------------------------------------------------------------------------------------------------
+
+
+def deal(costs: list[float], ranks: int, per_micro_step: int = 1) -> list[list[list[int]]]:
+    """Spread a step's packs over ranks: deal(...)[micro_step][rank] = places in `costs`, maybe none.
+
+    Packs of similar cost run at the same time, since under ZeRO-3 all ranks wait for the slowest at every
+    micro-step: deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[3], [0]]].
+    """
+    order = sorted(range(len(costs)), key=lambda p: -costs[p])
+    width = ranks * per_micro_step
+    return [[order[at + r : at + width : ranks] for r in range(ranks)] for at in range(0, len(order), width)]
+
+
+def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float:
+    """The share of all ranks' time spent waiting in a step, if time is cost."""
+    slices = [[sum(costs[p] for p in packs) for packs in m] for m in deal(costs, ranks, per_micro_step)]
+    busy = sum(max(m) for m in slices) * ranks
+    return 1 - sum(costs) / busy if busy else 0.0
+
+
+# -- the command ------------------------------------------------------------------------------------------
+
+
+def read_data(data_dir: str) -> tuple[Dataset, dict[str, Any]]:
+    """Tokenised data and its manifest. Raises UserError if there is none."""
+    folder = Path(data_dir)
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"data_dir={data_dir} holds no tokenised data; run `longalign tokenize` first")
+    try:
+        return load_from_disk(str(folder)), read_json(folder / "manifest.json")  # type: ignore[return-value]
+    except Exception as error:
+        raise UserError(f"data_dir={data_dir} is damaged ({error}); run `longalign tokenize` again") from None
+
+
+def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """What a plan depends on: a plan with another identity is stale."""
+    return {
+        "data": data["fingerprint"],
+        "strategy": config.strategy.model_dump(),
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "epochs": config.epochs,
+    }
+
+
+def group(config: Config, output: Path) -> dict[str, Any]:
+    """Write plan.parquet and manifest.json into `output`; returns the manifest. Raises UserError."""
+    dataset, data = read_data(config.data_dir)
+    columns = dataset.select_columns(["length", "n_target", "sample_id"]).with_format("numpy")[:]
+    with_target = columns["n_target"] > 0
+    lengths, n_target, ids = (columns[c][with_target] for c in ("length", "n_target", "sample_id"))
+    if not len(lengths):
+        raise UserError(f"data_dir={config.data_dir} has no sample with a target")
+    if lengths.max() > config.max_length:
+        raise UserError(
+            f"data_dir={config.data_dir} has a sample of {lengths.max()} tokens, max_length={config.max_length}; "
+            "raise max_length or tokenize again with it"
+        )
+    cost = cost_of(data["model_shape"]) if data["model_shape"] else Cost(1.0, 0.0)
+    rows_per_step, epochs, first_step, first_pack = packs_per_step(config.strategy), [], 1, 0
+    with fresh_folder(output, "plan.parquet", overwrite=True) as folder:
+        with pq.ParquetWriter(folder / "plan.parquet", SCHEMA) as writer:
+            for epoch in range(config.epochs):
+                packs = epoch_packs(lengths, config.strategy, config.max_length, config.seed, epoch)
+                table = _table(packs, lengths, n_target, ids, cost, epoch, first_step, first_pack, rows_per_step)
+                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                epochs.append(_statistics(table, config))
+                first_step += epochs[-1]["steps"]
+                first_pack += len(table)
+        manifest = {
+            "identity": identity(config, data),
+            "steps": first_step - 1,
+            "packs": first_pack,
+            "samples_without_target": int((~with_target).sum()),
+            "epochs": epochs,
+        }
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _table(
+    packs: Packs,
+    lengths: np.ndarray,
+    n_target: np.ndarray,
+    ids: np.ndarray,
+    cost: Cost,
+    epoch: int,
+    first_step: int,
+    first_pack: int,
+    per_step: int,
+) -> pa.Table:
+    starts, n = packs.offsets[:-1], len(packs.offsets) - 1
+    total = lambda values: np.add.reduceat(values[packs.samples], starts)
+    sample_ids = pa.ListArray.from_arrays(packs.offsets.astype(np.int32), ids[packs.samples].astype(np.int64))
+    return pa.table(
+        [
+            np.full(n, epoch, np.int32),
+            (first_step + np.arange(n) // per_step).astype(np.int32),
+            first_pack + np.arange(n),
+            sample_ids,
+            total(lengths).astype(np.int64),
+            np.diff(packs.offsets).astype(np.int32),
+            total(n_target).astype(np.int64),
+            total(cost(lengths)),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _statistics(table: pa.Table, config: Config) -> dict[str, Any]:
+    tokens, cost, step = (table[c].to_numpy() for c in ("tokens", "cost", "step"))
+    return {
+        "steps": int(step[-1] - step[0] + 1),
+        "packs": len(table),
+        "tokens": int(tokens.sum()),
+        "fill_ratio": round(float(tokens.sum() / (len(table) * config.max_length)), 4),
+        "sequences_per_pack": round(float(table["n_sequences"].to_numpy().mean()), 2),
+        "tokens_per_step": round(float(tokens.sum() / (step[-1] - step[0] + 1))),
+        "cost_max_over_mean": round(float(cost.max() / cost.mean()), 2),
+    }
+
+
+def is_fresh(folder: Path, wanted: dict[str, Any]) -> bool:
+    return (folder / "manifest.json").is_file() and read_json(folder / "manifest.json")["identity"] == wanted
+
+
+def prepare_plan(config: Config, run: Path) -> tuple[dict[str, Any], str]:
+    """Put the plan of a run into RUN/plan: the grouped one if it is fresh, else a new one. Returns (manifest, how).
+
+    A run keeps its own copy, so that another run that groups the same data differently cannot change it.
+    """
+    shared, mine = Path(config.data_dir) / "plans" / config.strategy.name, run / "plan"
+    wanted = identity(config, read_data(config.data_dir)[1])
+    if is_fresh(mine, wanted):
+        return read_json(mine / "manifest.json"), "the run's own"
+    if is_fresh(shared, wanted):
+        _copy(shared, mine)
+        return read_json(mine / "manifest.json"), str(shared)
+    how = "stale, grouped again" if (shared / "manifest.json").exists() else "missing, grouped now"
+    manifest = group(config, mine)
+    _copy(mine, shared)
+    return manifest, f"{shared} ({how})"
+
+
+def _copy(plan: Path, to: Path) -> None:
+    with fresh_folder(to, "plan.parquet", overwrite=True) as folder:
+        shutil.copytree(plan, folder, dirs_exist_ok=True)
+
+
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+class Pack(NamedTuple):
+    sample_ids: list[int]
+    tokens: int
+    n_sequences: int
+    n_target: int
+    cost: float
+
+
+class Plan:
+    """plan.parquet, read a row group at a time.
+
+    Raises UserError if the plan was made for other data than `data`, the tokenised data's manifest.
+    """
+
+    def __init__(self, folder: Path, data: dict[str, Any]):
+        self.manifest = read_json(folder / "manifest.json")
+        if self.manifest["identity"]["data"] != data["fingerprint"]:
+            raise UserError(f"the plan in {folder} was made for other data; run `longalign group` again")
+        self.file = pq.ParquetFile(folder / "plan.parquet")
+        head = self.file.read(columns=["step", "epoch"])
+        steps = head["step"].to_numpy()
+        self.n_steps: int = self.manifest["steps"]
+        self.first_row = np.searchsorted(steps, np.arange(1, self.n_steps + 2))
+        self.epochs = head["epoch"].to_numpy()[self.first_row[:-1]]
+        sizes = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes])
+        self.loaded: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def step(self, step: int) -> list[Pack]:
+        """The packs of optimizer step `step`, from 1."""
+        packs = []
+        for row in range(self.first_row[step - 1], self.first_row[step]):
+            number = int(np.searchsorted(self.group_starts, row, side="right")) - 1
+            if self.loaded[0] != number:
+                self.loaded = (number, self.file.read_row_group(number).to_pylist())
+            found = self.loaded[1][row - int(self.group_starts[number])]
+            packs.append(Pack(*(found[name] for name in Pack._fields)))
+        return packs
+
+    def epoch(self, step: int) -> int:
+        return int(self.epochs[step - 1])

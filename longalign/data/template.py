@@ -1,0 +1,249 @@
+"""Messages <-> token ids: the one encoder of training, evaluation and chat.
+
+A template turns a conversation into segments, each a piece of text that is a target (an answer) or not. Every
+segment is encoded on its own, so the ids of a conversation's beginning do not depend on what follows, and what a
+model is asked with is what it was trained on. `golden` cases of the LongAlign reference fix the details:
+
+    ids     [BOS] prompt_1  answer_1  prompt_2  answer_2  EOS
+    labels   -100   -100    answer_1   EOS -100 answer_2  EOS
+
+labels[t] is the id scored with the logits of position t-1. The EOS after an inner answer is a label only: the
+input there is already the next round's first token. The Jinja templates of other models need no such EOS: their
+assistant turns end with a token of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from longalign.data.messages import BadSample, Messages, merge_system
+
+IGNORE = -100
+
+# Written into exported tokenizers, so that other programs prompt the model as it was trained.
+LLAMA_JINJA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '[INST]' + (system if loop.first else '') + m['content'] + '[/INST]' }}{% else %}{{ m['content'] }}"
+    "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
+)
+
+
+class Segment(NamedTuple):
+    text: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sample, not padded. `labels[0]` is always -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def n_target(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+Truncate = Literal["right", "middle", "drop", "error"]
+
+
+@dataclass
+class Template:
+    """`name` is one of longalign-llama, longalign-chatglm, chat_template, text (see schema.Config.template)."""
+
+    name: str
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+
+    @property
+    def has_system(self) -> bool:
+        """Whether the template has a place of its own for a system message."""
+        if self.name != "chat_template":
+            return False
+        probe = [{"role": "system", "content": "\u241f"}, {"role": "user", "content": "x"}]
+        try:
+            return "\u241f" in self._render(probe, ask=True)
+        except Exception:  # Jinja templates refuse a system role with errors of their own
+            return False
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def rows(self, messages: Messages) -> list[Row]:
+        """Encode a conversation for training, one row unless the template rewrites earlier turns.
+
+        Raises BadSample if no target comes of it.
+        """
+        if not self.has_system:
+            messages = merge_system(messages)
+        if self.name == "chat_template":
+            rows = [self._assemble(segments) for segments in self._jinja_segments(messages)]
+        else:
+            rows = [self._assemble(self._segments(messages), eos_after_answer=True)]
+        rows = [row for row in rows if row.n_target]
+        if not rows:
+            raise BadSample("no target")
+        return rows
+
+    def text_row(self, text: str) -> Row:
+        """Encode a document for continued training: every token a target, EOS at the end."""
+        ids = [*self._start(), *self._ids(text), self.tokenizer.eos_token_id]
+        if len(ids) < 2:
+            raise BadSample("no target")
+        return Row(ids, [IGNORE, *ids[1:]])
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Encode a conversation that ends with a user turn, up to where the answer begins."""
+        if messages[-1]["role"] != "user":
+            raise ValueError("a prompt ends with a user message")
+        if not self.has_system:
+            messages = merge_system(messages)
+        if self.name == "chat_template":
+            segments = self._asked_segments(messages)
+        elif self.name == "text":
+            segments = [Segment(messages[-1]["content"], False)]
+        else:
+            segments = self._segments(messages)
+        return self._assemble(segments).input_ids
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: EOS, and the end-of-turn token of a Jinja template."""
+        stops = {self.tokenizer.eos_token_id}
+        if self.name == "chat_template":
+            turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+            tail = self._jinja_segments(turn)[-1][-1].text.removeprefix("x")
+            ids = self._ids(tail)
+            stops |= {i for i in ids[:1] if i in set(self.tokenizer.all_special_ids)}
+        return sorted(i for i in stops if i is not None)
+
+    # -- segments ---------------------------------------------------------------------------------
+
+    def _segments(self, messages: Messages) -> list[Segment]:
+        """longalign-llama and longalign-chatglm: rounds joined by a blank line."""
+        segments = []
+        for place, message in enumerate(messages):
+            content = message["content"]
+            if message["role"] == "assistant":
+                segments.append(Segment(content, True))
+                continue
+            blank = "\n\n" if place else ""
+            if self.name == "longalign-llama":
+                text = f"{blank}[INST]{content}[/INST]"
+            else:
+                text = f"{blank}[Round {place // 2 + 1}]\n\n问：{content}\n\n答："
+            segments.append(Segment(text, False))
+        return segments
+
+    def _render(self, messages: Messages, ask: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+
+    def _split(self, messages: Messages, start: int, text: str) -> list[Segment]:
+        """The segments of `text` = the rendered `messages`, whose turns from `start` on extend each other."""
+        segments, done = [], 0
+        for place in range(start, len(messages), 1):
+            if messages[place]["role"] != "assistant":
+                continue
+            asked = self._render(messages[:place], ask=True)
+            answered = self._render(messages[: place + 1], ask=False)
+            if not (answered.startswith(asked) and text.startswith(answered)):
+                raise _Rewrites
+            segments += [Segment(asked[done:], False), Segment(answered[len(asked) :], True)]
+            done = len(answered)
+        return segments if done == len(text) else [*segments, Segment(text[done:], False)]
+
+    def _jinja_segments(self, messages: Messages) -> list[list[Segment]]:
+        """One list of segments, or one per assistant turn if rendering a turn changes earlier ones."""
+        try:
+            return [self._split(messages, 0, self._render(messages, ask=False))]
+        except _Rewrites:
+            rows = []
+            for place, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    head = messages[: place + 1]
+                    asked, answered = self._render(head[:-1], ask=True), self._render(head, ask=False)
+                    if not answered.startswith(asked):
+                        raise BadSample("the chat template does not continue its own prompt") from None
+                    rows.append([Segment(asked, False), Segment(answered[len(asked) :], True)])
+            return rows
+
+    def _asked_segments(self, messages: Messages) -> list[Segment]:
+        text = self._render(messages, ask=True)
+        try:
+            return self._split(messages, 0, text)
+        except _Rewrites:
+            return [Segment(text, False)]
+
+    # -- ids --------------------------------------------------------------------------------------
+
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before a text: BOS for Llama, [gMASK] sop for ChatGLM."""
+        if self.name == "chat_template":  # a Jinja template writes its own
+            return []
+        ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _assemble(self, segments: list[Segment], eos_after_answer: bool = False) -> Row:
+        eos = self.tokenizer.eos_token_id
+        ids, labels = self._start(), []
+        labels = [IGNORE] * len(ids)
+        end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
+        for segment in segments:
+            piece = self._ids(segment.text)
+            piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
+            if end_of_answer and piece_labels:
+                piece_labels[0] = eos
+            ids += piece
+            labels += piece_labels
+            end_of_answer = eos_after_answer and segment.is_target and bool(piece)
+        if eos_after_answer:
+            ids.append(eos)
+            labels.append(eos if end_of_answer else IGNORE)
+        if labels:
+            labels[0] = IGNORE  # nothing comes before it that could predict it
+        return Row(ids, labels)
+
+
+class _Rewrites(Exception):
+    """Rendering a longer conversation changes the text of its beginning."""
+
+
+def truncate(row: Row, max_length: int, how: Truncate) -> Row:
+    """Cut a row to `max_length` tokens. Raises BadSample if that is not allowed or leaves no target.
+
+    right: keep the beginning, as the paper. middle: cut the middle out of the longest stretch without targets,
+    normally the document of the first question, so that its head, the question and the answers stay.
+    """
+    excess = len(row.input_ids) - max_length
+    if excess <= 0:
+        return row
+    if how in ("drop", "error"):
+        raise BadSample("too long")
+    start, stop = max_length, len(row.input_ids)
+    if how == "middle":
+        first, last = _longest_without_target(row.labels)
+        if last - first <= excess:
+            raise BadSample("too long: the answers alone exceed max_length")
+        start = first + (last - first - excess) // 2
+        stop = start + excess
+    cut = Row(row.input_ids[:start] + row.input_ids[stop:], row.labels[:start] + row.labels[stop:])
+    if not cut.n_target:
+        raise BadSample("no target left after truncation")
+    return cut
+
+
+def _longest_without_target(labels: list[int]) -> tuple[int, int]:
+    best, first = (0, 0), 0
+    for place, label in enumerate([*labels, 0]):
+        if label != IGNORE:
+            if place - first > best[1] - best[0]:
+                best = (first, place)
+            first = place + 1
+    return best

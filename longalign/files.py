@@ -1,0 +1,116 @@
+"""Writing files so that a killed run leaves nothing that looks finished, and checking room beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from longalign.errors import UserError
+
+
+def human(n_bytes: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, setting: str) -> Iterator[None]:
+    """A full disk or a forbidden folder is the user's to mend: say so in one message."""
+    try:
+        yield
+    except OSError as error:
+        # Libraries wrap ENOSPC in their own OSError subclasses, often without the number.
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(
+                f"the disk is full: writing {path} failed; free some room or change {setting}"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise UserError(f"cannot write {path}: {error.strerror}; change {setting}") from error
+        raise
+
+
+def require_disk(path: Path, n_bytes: float, setting: str) -> None:
+    """Raise UserError if the disk that will hold `path` has less than `n_bytes` free."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise UserError(
+            f"{path} needs about {human(n_bytes)} but its disk has {human(free)} free; change {setting}"
+        )
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path, marker: str, overwrite: bool, setting: str = "output_dir") -> Iterator[Path]:
+    """Give a temporary folder beside `path` and move it into place when the block ends well.
+
+    `marker` is the file that tells a folder of ours: what holds it is replaced with overwrite=true, any other
+    folder with content is refused. Raises UserError for a folder that is in the way or a full disk.
+    """
+    check_free(path, marker, overwrite, setting)
+    with disk_errors(path, setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_leftovers(path)
+        partial = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-{os.getpid()}-", dir=path.parent))
+        partial.chmod(0o755)
+        try:
+            yield partial
+            if path.exists():  # its content goes away with the temporary folder
+                old = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-{os.getpid()}-", dir=path.parent))
+                path.rename(old / path.name)
+                partial.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep_leftovers(path: Path) -> None:
+    """Remove temporary folders of processes that were killed."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.partial-*-*"):
+        if not psutil.pid_exists(int(leftover.name.split(".partial-")[-1].split("-")[0])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_free(path: Path, marker: str, overwrite: bool, setting: str = "output_dir") -> None:
+    """Raise UserError if `path` holds something that a command must not replace."""
+    if path.is_file():
+        raise UserError(f"{setting}={path} is a file; give a folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / marker).exists():
+        raise UserError(f"{setting}={path} holds something else (no {marker} in it); give another folder")
+    if not overwrite:
+        raise UserError(f"{setting}={path} is finished already; overwrite=true replaces it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,293 @@
+"""From a checked Config to worker processes: checks, run folder, plan, frozen config, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from longalign.config import to_yaml
+from longalign.data.plan import Plan, group, identity, idle_share, is_fresh, prepare_plan, read_data
+from longalign.errors import UserError
+from longalign.files import human, read_json, require_disk, write_text
+from longalign.model import attention
+from longalign.model.load import load_config, load_tokenizer, resolve_device, resolve_dtype, tokenizer_hash
+from longalign.model.rope import context_warning
+from longalign.progress import console
+from longalign.schema import Config
+from longalign.train import checkpoint
+
+
+def warn(message: str) -> None:
+    console.print(f"[yellow]warning:[/] {message}", highlight=False)
+
+
+# -- what a run will be ---------------------------------------------------------------------------------
+
+
+def resolve(config: Config) -> Config:
+    """Settle what depends on this machine: device, process count, absolute paths. Raises UserError."""
+    device = resolve_device(config)
+    here = torch.cuda.device_count() if device == "cuda" else 1
+    wanted = config.cluster.processes
+    processes = here if wanted == "auto" else wanted
+    if device == "cuda" and processes > here:
+        raise UserError(f"cluster.processes={processes} but this machine has {here} GPU(s)")
+    absolute = lambda path: str(Path(path).expanduser().absolute())
+    local = lambda path: absolute(path) if path and Path(path).expanduser().exists() else path
+    model = {"path": local(config.model.path), "tokenizer": local(config.model.tokenizer)}
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"device": device, "processes": processes}),
+            "model": config.model.model_copy(update=model),
+            "data_dir": absolute(config.data_dir),
+            "output_dir": absolute(config.output_dir),
+            "init_from": local(config.init_from),
+            "resume": config.resume if config.resume in ("none", "auto") else absolute(config.resume),
+        }
+    )
+
+
+def worker_command(run: Path) -> list[str]:
+    return [sys.executable, "-m", "longalign.train.worker", str(run / "config.yaml")]
+
+
+def count_parameters(config: Config) -> int:
+    from transformers import AutoModelForCausalLM
+
+    hf = load_config(config)
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(hf).parameters())
+
+
+def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
+    """Bytes of (one device's, this host's) memory for weights, gradients and optimizer states; not activations.
+
+    fp32 master weights, gradients and two Adam moments make 16 bytes a parameter, the bf16 copy 2. ZeRO shards
+    them over ranks: optimizer states from stage 1 on, gradients from 2, weights from 3.
+    """
+    cluster, ranks = config.cluster, int(config.cluster.processes)
+    working = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8
+    shard = lambda from_stage: ranks if cluster.zero_stage >= from_stage else 1
+    weights, gradients = working * parameters / shard(3), 4 * parameters / shard(2)
+    optimizer = (8 + 4 * (working == 2)) * parameters / shard(1)
+    on_host = optimizer * cluster.offload_optimizer + weights * cluster.offload_param
+    device = weights + gradients + optimizer - on_host
+    return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
+
+
+def check_room(config: Config, run: Path) -> None:
+    """Raises UserError if disk or memory cannot hold what is about to run (preflight=false only warns)."""
+    parameters = count_parameters(config)
+    device, host = memory_needs(config, parameters)
+    checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
+    problems = []
+    try:
+        require_disk(run, checkpoints, "output_dir, or lower keep_last")
+    except UserError as error:
+        problems.append(str(error))
+    total = psutil.virtual_memory().total
+    if host > total:
+        problems.append(
+            f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
+            "use more machines, a higher cluster.zero_stage or a smaller model"
+        )
+    if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
+        problems.append(
+            f"weights, gradients and optimizer states need {human(device)} on each GPU, which has {human(have)}; "
+            "set cluster.zero_stage=3, cluster.offload_optimizer=true, or use more GPUs"
+        )
+    for problem in problems:
+        if config.preflight:
+            raise UserError(f"{problem} (preflight=false starts anyway)")
+        warn(problem)
+
+
+def check_data(config: Config) -> dict[str, Any]:
+    """The data's manifest. Raises UserError if another tokenizer made it; warns of what is allowed but doubtful."""
+    _, data = read_data(config.data_dir)
+    if tokenizer_hash(load_tokenizer(config)) != data["tokenizer_hash"]:
+        raise UserError(
+            f"data_dir={config.data_dir} was tokenised with {data['tokenizer']}, whose ids are not those of "
+            f"model.tokenizer={config.model.tokenizer}; run `longalign tokenize` for this model"
+        )
+    if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
+        warn(message)
+    return data
+
+
+def check_run_folder(run: Path, config: Config) -> None:
+    """Raises UserError if output_dir holds something this run must not touch."""
+    if run.is_file():
+        raise UserError(f"output_dir={run} is a file; give a folder")
+    if not run.is_dir() or not any(run.iterdir()):
+        return
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"output_dir={run} holds something else (no config.yaml in it); give another folder")
+    if config.resume == "none" and not config.overwrite:
+        raise UserError(f"output_dir={run} holds a run; resume=auto continues it, overwrite=true starts it over")
+
+
+def describe(config: Config, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:
+    """What `train` is about to do, as lines of a table; warns if ranks will idle."""
+    run, first = Path(config.output_dir or ""), manifest["epochs"][0]
+    steps = min(manifest["steps"], config.max_steps or manifest["steps"])
+    backend, why = attention.choose_backend(config.model.attention, config.cluster.device)
+    ranks = int(config.cluster.processes)
+    packs = plan.step(1)
+    if len(packs) < ranks:
+        idle = idle_share([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
+        warn(f"{len(packs)} packs per step on {ranks} ranks: {idle:.0%} of the time is idle; raise packs_per_step")
+    dtype = str(resolve_dtype(config, config.cluster.device)).removeprefix("torch.")
+    return [
+        ("model", f"{config.model.path}, {count_parameters(config):,} parameters, {dtype}"),
+        ("data", f"{config.data_dir}"),
+        ("plan", how),
+        ("steps", f"{steps:,} ({first['steps']:,} an epoch, {config.epochs} epochs)"),
+        ("packs", f"{manifest['packs']:,}, {first['sequences_per_pack']} sequences each, {first['fill_ratio']:.1%} full"),
+        ("tokens per step", f"{first['tokens_per_step']:,}"),
+        ("attention", f"{backend}: {why}"),
+        ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"),
+        ("output", str(run)),
+        ("worker", " ".join(worker_command(run))),
+    ]
+
+
+def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, str]]]:
+    """Check everything, put plan and frozen config into the run folder (not in a dry run). Returns what will run."""
+    config = resolve(config)
+    run = Path(config.output_dir or "")
+    check_run_folder(run, config)
+    data = check_data(config)
+    check_room(config, run)
+    checkpoint.find(config)
+    if dry_run:
+        shared = Path(config.data_dir) / "plans" / config.strategy.name
+        with tempfile.TemporaryDirectory() as scratch:
+            fresh = is_fresh(shared, identity(config, data))
+            folder = shared if fresh else Path(scratch) / "plan"
+            manifest = read_json(folder / "manifest.json") if fresh else group(config, folder)
+            how = str(shared) if fresh else "would be grouped first"
+            return config, describe(config, manifest, Plan(folder, data), how)
+    if config.overwrite and config.resume == "none" and run.is_dir():
+        shutil.rmtree(run)
+    manifest, how = prepare_plan(config, run)
+    write_text(run / "config.yaml", to_yaml(config))
+    return config, describe(config, manifest, Plan(run / "plan", data), how)
+
+
+# -- running --------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
+    """The variables of torch's env:// rendezvous, and what DeepSpeed and OpenMP need."""
+    processes, cpu = int(config.cluster.processes), config.cluster.device == "cpu"
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    made = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "DS_ACCELERATOR": "cpu" if cpu else "cuda",
+        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cpu:
+        made["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    return {**os.environ, **{k: str(v) for k, v in made.items()}, **config.cluster.env}
+
+
+def run_workers(command: list[str], config: Config, logs: Path) -> int:
+    """Run one process per rank and wait for all; returns the exit code of the run.
+
+    Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
+    workers to save and stop; a second one kills them. When a rank fails the others are ended and its log is shown.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        received.append(number)
+        for worker in workers:
+            worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    port = free_port()
+    try:
+        for rank in range(int(config.cluster.processes)):
+            log = None if rank == 0 else open(logs / f"rank-{rank}.log", "wb")
+            # A session of its own: a terminal's Ctrl-C reaches the workers once, through `forward`.
+            workers.append(
+                subprocess.Popen(
+                    command,
+                    env=worker_environment(config, rank, port),
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+        failed = None
+        while failed is None and any(worker.poll() is None for worker in workers):
+            time.sleep(0.1)
+            failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
+    finally:
+        _end(workers)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    if failed is None:
+        return 0
+    code = workers[failed].returncode
+    if code != 2:
+        tail = (logs / f"rank-{failed}.log").read_text(errors="replace")[-4000:] if failed else ""
+        console.print(tail, markup=False, highlight=False)
+        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+        console.print(f"[red]rank {failed} failed with {cause}[/]; resume=auto continues from the last checkpoint")
+    return 2 if code == 2 else 1
+
+
+def _end(workers: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:
+    """End workers that still run: they may sit in a collective that a dead rank will never join."""
+    deadline = time.monotonic() + grace
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def train(config: Config) -> int:
+    """Run the command; returns its exit code. Raises UserError before anything has started."""
+    config, lines = prepare_run(config, dry_run=False)
+    show(lines)
+    run = Path(config.output_dir or "")
+    return run_workers(worker_command(run), config, run / "logs")
+
+
+def show(lines: list[tuple[str, str]]) -> None:
+    for label, text in lines:
+        console.print(f"[bold]{label:>16}[/]  {text}", highlight=False, soft_wrap=True)

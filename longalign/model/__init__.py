@@ -1,0 +1,1 @@
+"""Plain transformers models: loading, packed attention, weighted loss, cost."""

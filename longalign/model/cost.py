@@ -1,0 +1,44 @@
+"""Floating-point operations of a sample: what a pack costs, and the yardstick of model FLOP/s."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Cost(NamedTuple):
+    """FLOPs of forward and backward of a sample of s tokens: linear * s + quadratic * s^2.
+
+    Each weight of a matrix costs 2 FLOPs a token forward and 4 backward. Causal attention over s tokens computes
+    half of QK^T and PV: 2 * (2 * s^2 * heads * head_dim) / 2 forward, twice that backward. Embedding look-ups are
+    free, and lm_head is left out since it runs on target positions only.
+    """
+
+    linear: float
+    quadratic: float
+
+    def __call__(self, lengths: Any) -> np.ndarray:
+        s = np.asarray(lengths, dtype=np.float64)
+        return self.linear * s + self.quadratic * s * s
+
+
+def shape_of(config: Any) -> dict[str, int]:
+    """The numbers of a Hugging Face config that its cost depends on."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocab": config.vocab_size,
+    }
+
+
+def cost_of(shape: dict[str, int]) -> Cost:
+    q, kv = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
+    weights = shape["hidden"] * (2 * q + 2 * kv) + 3 * shape["hidden"] * shape["intermediate"]
+    return Cost(linear=6.0 * shape["layers"] * weights, quadratic=6.0 * shape["layers"] * q)

@@ -1,0 +1,95 @@
+"""The weighted loss of an optimizer step, exact on any layout of packs over ranks and micro-steps.
+
+Let a step hold M sequences and K packs with at least one target, sequence i having N_i targets, pack k having
+N_k, and N targets in all. With l_t the cross-entropy of target t, the three averages are
+
+    sequence   1/M sum_i 1/N_i sum_{t in i} l_t     weight of a target 1 / (N_i M)     LongAlign Eq. 2
+    pack       1/K sum_k 1/N_k sum_{t in k} l_t     weight of a target 1 / (K N_k)     LongAlign Eq. 3
+    token      1/N sum_t l_t                        weight of a target 1 / N
+
+each of them a plain sum of weight * l_t over every target of the step. M, K and N come from the plan, which knows
+the whole step, so a rank computes its share of the sum without asking the others, and it does not matter which
+rank or micro-step a pack falls to. A pack without targets adds 0. (The reference counts M and K within one
+micro-step of one node, which is another loss under gradient accumulation or on several nodes.)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from longalign.data.batch import Batch
+
+Average = Literal["sequence", "pack", "token"]
+CHUNK = 2048  # targets whose logits exist at one time
+
+
+class StepTotals(NamedTuple):
+    """What a whole optimizer step holds, over all ranks."""
+
+    sequences: int  # M
+    packs: int  # K
+    targets: int  # N
+
+
+def token_weights(
+    average: Average, n_of_sequence: torch.Tensor, n_of_pack: torch.Tensor, totals: StepTotals
+) -> torch.Tensor:
+    """The weight of each target. n_of_sequence, n_of_pack: how many targets its sequence and its pack have, [N]."""
+    if average == "sequence":
+        return 1.0 / (n_of_sequence.double() * totals.sequences)
+    if average == "pack":
+        return 1.0 / (n_of_pack.double() * totals.packs)
+    return torch.full_like(n_of_sequence, 1.0 / totals.targets, dtype=torch.float64)
+
+
+def batch_weights(average: Average, batch: Batch, pack_of_sample: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+    """float32 [N, 3]: per target of the batch its weight in the trained loss, in loss_sequence and in loss_token."""
+    n_of_sequence = batch.n_target[batch.target_sample]
+    pack_sizes = torch.zeros(int(pack_of_sample.max()) + 1, dtype=torch.int64)
+    pack_sizes.index_add_(0, pack_of_sample, batch.n_target)
+    n_of_pack = pack_sizes[pack_of_sample[batch.target_sample]]
+    columns = [token_weights(a, n_of_sequence, n_of_pack, totals) for a in (average, "sequence", "token")]
+    return torch.stack(columns, dim=1).float()
+
+
+def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Module, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each target in float32, [N]; logits are made for CHUNK targets at a time, twice."""
+
+    def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
+
+    pieces = []
+    for start in range(0, max(len(targets_N), 1), CHUNK):  # once at least, so that every rank calls lm_head
+        part = slice(start, start + CHUNK)
+        pieces.append(checkpoint(chunk_losses, hidden_ND[part], targets_N[part], use_reentrant=False))
+    return torch.cat(pieces)
+
+
+class WeightedLoss(torch.nn.Module):
+    """A causal language model and its loss as one module, so that ZeRO-3 gathers every weight inside forward."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, weights_N3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the step's loss (float32 scalar), and of (loss, loss_sequence, loss_token), detached.
+
+        Only hidden states that predict a target go through lm_head: in long-document tuning about one in twenty.
+        """
+        hidden_TD = self.model.model(  # the decoder without its lm_head
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state[0]
+        losses_N = token_losses(hidden_TD[batch.target_rows], self.model.lm_head, batch.target_ids)
+        shares = losses_N @ weights_N3
+        return shares[0], shares.detach()

@@ -1,0 +1,131 @@
+"""The type of every configuration key. Defaults and comments live in conf/, values are checked here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value or []
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list)]  # one path, a list, or null
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rope(Strict):
+    theta: Annotated[float, Field(gt=0)] | None
+
+
+class Model(Strict):
+    name: str
+    path: str
+    tokenizer: str
+    template: Literal["longalign-llama", "longalign-chatglm", "chat_template", "text"]
+    max_length: PositiveInt
+    dtype: Literal["auto", "float32", "bfloat16"]
+    attention: Literal["auto", "varlen", "sdpa"]
+    init: Literal["pretrained", "random"]
+    rope: Rope
+    config: dict[str, Any]
+
+
+class DataNum(Strict):
+    name: str
+    n_long: Annotated[int, Field(ge=0)] | None
+
+
+class Strategy(Strict):
+    name: Literal["naive", "sorted", "packing", "packing+weighting"]
+    average: Literal["sequence", "pack", "token"]
+    batch_size: PositiveInt
+    group_size: PositiveInt
+    packs_per_step: PositiveInt
+    packer: Literal["best_fit", "next_fit"]
+    window: PositiveInt
+
+
+class Cluster(Strict):
+    name: str
+    device: Literal["auto", "cuda", "cpu"]
+    processes: PositiveInt | Literal["auto"]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool
+    offload_param: bool
+    packs_per_micro_step: PositiveInt
+    deepspeed: dict[str, Any]
+    env: dict[str, str]
+
+
+class Synthetic(Strict):
+    name: Literal["synthetic"]
+    long: Annotated[int, Field(ge=0)]
+    short: Annotated[int, Field(ge=0)]
+    test: Annotated[int, Field(ge=0)]
+    text: Annotated[int, Field(ge=0)]
+    min_tokens: Annotated[int, Field(ge=64)]
+    max_tokens: PositiveInt
+
+
+class Needle(Strict):
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    depths: Annotated[list[Fraction], Field(min_length=1)]
+    documents: PositiveInt
+    haystack: str | None
+    leave_out_document: bool
+    max_new_tokens: PositiveInt
+    batch_tokens: PositiveInt
+
+
+class Tasks(Strict):
+    needle: Needle | None = None
+
+
+class Config(Strict):
+    model: Model
+    datanum: DataNum
+    strategy: Strategy
+    cluster: Cluster
+    source: Synthetic
+    task: Tasks
+
+    seed: Annotated[int, Field(ge=0)]
+    long_file: Paths
+    short_file: Paths
+    data_dir: str
+    max_length: PositiveInt
+    truncate: Literal["right", "middle", "drop", "error"]
+    template: Literal["auto", "longalign-llama", "longalign-chatglm", "chat_template", "text"]
+    num_proc: PositiveInt | None
+
+    epochs: PositiveInt
+    max_steps: PositiveInt | None
+    lr: Annotated[float, Field(gt=0)]
+    lr_final: Annotated[float, Field(ge=0)]
+    warmup_ratio: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[Fraction, Fraction]
+    grad_clip: Annotated[float, Field(gt=0)] | None
+    gradient_checkpointing: bool
+    save_every: PositiveInt | None
+    keep_last: PositiveInt
+    resume: str
+    init_from: str | None
+    overwrite: bool
+    preflight: bool
+    objective: str
+
+    prompt: str | None
+    file: str | None
+    max_new_tokens: PositiveInt
+    temperature: Annotated[float, Field(ge=0)]
+
+    output_dir: str | None

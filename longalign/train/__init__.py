@@ -1,0 +1,1 @@
+"""The worker loop on the DeepSpeed engine, its checkpoints, metrics and export."""

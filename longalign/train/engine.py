@@ -1,0 +1,93 @@
+"""From a Config to a DeepSpeed engine, and the learning rate of a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from longalign.model import attention
+from longalign.model.load import load_model, resolve_dtype
+from longalign.model.loss import WeightedLoss
+from longalign.schema import Config
+
+
+def learning_rate(step: int, n_steps: int, config: Config) -> float:
+    """Linear warm-up over warmup_ratio of the steps, then a cosine from lr to lr_final at the last. Steps from 1."""
+    warmup = math.ceil(config.warmup_ratio * n_steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    done = (step - warmup) / max(n_steps - warmup, 1)
+    return config.lr_final + (config.lr - config.lr_final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def deepspeed_config(config: Config, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed configuration; cluster.deepspeed is merged over it."""
+    cluster = config.cluster
+    zero: dict[str, Any] = {"stage": cluster.zero_stage}
+    if cluster.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if cluster.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
+    made: dict[str, Any] = {
+        # The loop says itself where a step ends and how losses are weighted; 2 only tells ZeRO that gradients of
+        # several micro-steps accumulate. The batch sizes below follow from it and mean nothing here.
+        "gradient_accumulation_steps": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": 2 * ranks,
+        "gradient_clipping": config.grad_clip or 1e30,  # a number, so that the norm is measured either way
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # DeepSpeed would add up and exchange bf16 gradients in bf16: 8 bits of mantissa for a sum over packs.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    return _merge(made, cluster.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for biases and norms. By name: ZeRO-3 has flattened the shapes."""
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        (plain if name.endswith("bias") or "norm" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def build_engine(config: Config, ranks: int) -> Any:
+    """Load the model with packed attention and its loss, and hand it to DeepSpeed. Returns the engine."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    device = config.cluster.device
+    dtype = resolve_dtype(config, device)
+    settings = deepspeed_config(config, ranks, dtype)
+    # While this object lives, from_pretrained shards every weight as it is read instead of holding all on each rank.
+    zero3 = HfDeepSpeedConfig(settings) if config.cluster.zero_stage == 3 else None
+    model = load_model(config, dtype)
+    attention.install(model, attention.choose_backend(config.model.attention, device)[0])
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    groups = parameter_groups(model, config.weight_decay)
+    if config.cluster.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device == "cuda")
+    engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
+    del zero3
+    return engine

@@ -1,0 +1,174 @@
+"""What every rank runs: `python -m longalign.train.worker RUN/config.yaml [more runs, one after the other]`.
+
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the environment, set by launch.py or torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+
+from longalign.config import load_frozen
+from longalign.data.batch import Batch, load_batch
+from longalign.data.plan import Pack, Plan, deal, read_data
+from longalign.errors import UserError
+from longalign.model.loss import Average, StepTotals, batch_weights
+from longalign.model.rope import check_inv_freq
+from longalign.progress import Bar
+from longalign.schema import Config
+from longalign.train import checkpoint
+from longalign.train.engine import build_engine, learning_rate
+from longalign.train.export import export
+from longalign.train.metrics import open_metrics, peak_memory_gb
+
+_signal = 0  # the last SIGINT or SIGTERM received
+
+
+def _on_signal(number: int, _frame: Any) -> None:
+    global _signal
+    _signal = number
+
+
+def micro_batch(
+    dataset: Dataset, packs: list[Pack], average: Average, totals: StepTotals
+) -> tuple[Batch, torch.Tensor]:
+    """The packs of one micro-step of one rank, concatenated, and the weights of their targets, float32 [N, 3]."""
+    batch = load_batch(dataset, [sample for pack in packs for sample in pack.sample_ids])
+    pack_of_sample = torch.repeat_interleave(torch.tensor([len(pack.sample_ids) for pack in packs]))
+    return batch, batch_weights(average, batch, pack_of_sample, totals)
+
+
+def train_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config) -> torch.Tensor:
+    """Forward, backward and update over the packs of one step. Returns this rank's share of the three losses, [3].
+
+    DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
+    nothing is divided by the number of micro-steps.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    totals = StepTotals(
+        sequences=sum(p.n_sequences for p in packs),
+        packs=sum(p.n_target > 0 for p in packs),
+        targets=sum(p.n_target for p in packs),
+    )
+    shares = torch.zeros(3, device=engine.device)
+    micro_steps = deal([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
+    for number, dealt in enumerate(micro_steps, start=1):
+        mine = [packs[p] for p in dealt[rank]]
+        # A rank without a pack runs the step's smallest one with weight 0, since all ranks must call the collectives.
+        batch, weights = micro_batch(
+            dataset, mine or [min(packs, key=lambda p: p.tokens)], config.strategy.average, totals
+        )
+        loss, share = engine(batch.to(engine.device), weights.to(engine.device) * bool(mine))
+        engine.set_gradient_accumulation_boundary(number == len(micro_steps))
+        engine.backward(loss * ranks, scale_wrt_gas=False)
+        engine.step()
+        shares += share
+    return shares
+
+
+def train(config: Config) -> None:
+    """Train one run to its end, or until a signal asks to save and stop."""
+    assert config.output_dir is not None
+    run, rank, device = Path(config.output_dir), dist.get_rank(), config.cluster.device
+    dataset, data = read_data(config.data_dir)
+    plan = Plan(run / "plan", data)
+    n_steps = min(plan.n_steps, config.max_steps or plan.n_steps)
+    engine = build_engine(config, dist.get_world_size())
+    check_inv_freq(engine.module, config.model.rope.theta)
+
+    about = {
+        "processes": dist.get_world_size(),
+        "zero_stage": config.cluster.zero_stage,
+        "plan": plan.manifest["identity"],
+    }
+    start = checkpoint.find(config)
+    done = checkpoint.check(start, about) if start else 0
+    if start:
+        checkpoint.load(engine, start)
+    metrics = open_metrics(run / "metrics.jsonl", done) if rank == 0 else None
+    saved, stopped, began = done, 0, time.monotonic()
+
+    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+        for step in range(done + 1, n_steps + 1):
+            packs = plan.step(step)
+            lr = learning_rate(step, n_steps, config)
+            for parameters in engine.optimizer.param_groups:
+                parameters["lr"] = lr
+            shares = train_step(engine, dataset, packs, config)
+            # Sum the shares over ranks, and let all ranks agree on stopping after this very step.
+            summed = torch.cat([shares.double(), torch.tensor([float(bool(_signal))], device=shares.device)])
+            dist.all_reduce(summed)
+            loss, loss_sequence, loss_token, stop = summed.tolist()
+            seconds, began = time.monotonic() - began, time.monotonic()
+            if not math.isfinite(loss):
+                samples = [s for p in packs for s in p.sample_ids]
+                raise FloatingPointError(f"step {step}: loss is {loss}; its samples are {samples}")
+            tokens = sum(p.tokens for p in packs)
+            if metrics:
+                row = {
+                    "step": step,
+                    "epoch": plan.epoch(step),
+                    "loss": loss,
+                    "loss_sequence": loss_sequence,
+                    "loss_token": loss_token,
+                    "lr": lr,
+                    "grad_norm": float(engine.get_global_grad_norm()),
+                    "tokens": tokens,
+                    "targets": sum(p.n_target for p in packs),
+                    "sequences": sum(p.n_sequences for p in packs),
+                    "packs": len(packs),
+                    "tokens_per_s": round(tokens / seconds, 1),
+                    "step_s": round(seconds, 4),
+                    "peak_mem_gb": peak_memory_gb(device),
+                }
+                metrics.write(json.dumps(row) + "\n")
+            bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
+            stopped = int(stop)
+            if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
+                checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
+                saved = step
+            if stopped:
+                break
+    if metrics:
+        metrics.close()
+    if stopped and saved < n_steps:
+        if rank == 0:
+            print(f"stopped after step {saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+        return
+    export(engine, config, run / "model")
+    engine.destroy()
+
+
+def main(paths: list[str]) -> int:
+    """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
+    signal.signal(signal.SIGINT, _on_signal)
+    signal.signal(signal.SIGTERM, _on_signal)
+    configs = [load_frozen(path) for path in paths]
+    device = configs[0].cluster.device
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    try:
+        for config in configs:
+            train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
