@@ -75,7 +75,9 @@ def build_engine(config: Config, ranks: int) -> Any:
     dtype = resolve_dtype(config, device)
     settings = deepspeed_config(config, ranks, dtype)
     # While this object lives, from_pretrained shards every weight as it is read instead of holding all on each rank.
-    zero3 = HfDeepSpeedConfig(settings) if config.cluster.zero_stage == 3 else None
+    # Random weights are drawn whole, so that they do not depend on the number of ranks.
+    sharded = config.cluster.zero_stage == 3 and (config.model.init == "pretrained" or config.init_from is not None)
+    zero3 = HfDeepSpeedConfig(settings) if sharded else None
     model = load_model(config, dtype)
     attention.install(model, attention.choose_backend(config.model.attention, device)[0])
     if config.gradient_checkpointing:
@@ -90,4 +92,9 @@ def build_engine(config: Config, ranks: int) -> Any:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device == "cuda")
     engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
     del zero3
+
+    def clip() -> None:  # without ZeRO and in float32, DeepSpeed clips but forgets the norm it measured
+        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), settings["gradient_clipping"])
+
+    engine.clip_fp32_gradients = clip
     return engine

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from transformers.utils import logging as transformers_logging
 
 from longalign.config import load_frozen
 from longalign.data.batch import Batch, load_batch
@@ -150,8 +152,19 @@ def train(config: Config) -> None:
     engine.destroy()
 
 
+def _quiet() -> None:
+    """Leave the terminal to the progress bar, and DeepSpeed's shared-memory extension unbuilt.
+
+    The extension would be compiled on a CPU's first run for a minute; gloo serves.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(paths: list[str]) -> int:
     """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
+    _quiet()
     signal.signal(signal.SIGINT, _on_signal)
     signal.signal(signal.SIGTERM, _on_signal)
     configs = [load_frozen(path) for path in paths]

@@ -1,0 +1,126 @@
+"""Shared fixtures: a small random Llama with the bundled tokenizer, tokenised data for it, and a way to launch runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from longalign.config import compose_config
+from longalign.schema import Config
+
+TINY = Path(__file__).parent.parent / "longalign" / "assets" / "tiny"
+WORDS = "the quiet lantern near mill keeps amber falcon golden river what is of".split()
+
+
+def make_model(folder: Path, **changes: Any) -> Path:
+    """A Llama of 0.1M parameters in `folder`, float32, with grouped queries and untied embeddings."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    with torch.no_grad():  # the default 0.02 leaves attention so flat that a leak would hardly move a logit
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversation(n_words: int, n_answer: int, salt: int) -> dict[str, Any]:
+    word = lambda i: WORDS[(i * 7 + salt) % len(WORDS)]
+    user = " ".join(word(i) for i in range(n_words))
+    return {
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": " ".join(word(i + 3) for i in range(n_answer))},
+        ]
+    }
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def base_words(model_dir: Path) -> list[str]:
+    """Overrides that every command of a test shares."""
+    return [
+        "model=hf",
+        f"model.path={model_dir}",
+        "model.template=longalign-llama",
+        "datanum=all",
+        "cluster=cpu",
+        "max_length=128",
+        "seed=7",
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, base_words: list[str]) -> Path:
+    """27 samples of 10 to 100 tokens, one of which fills a pack of 128 exactly and one has a one-token answer."""
+    from longalign.data.tokenize import tokenize
+
+    root = tmp_path_factory.mktemp("data")
+    long = [conversation(40 + 5 * i, 3 + i, i) for i in range(8)] + [conversation(119, 5, 1)]
+    short = [conversation(4 + i, 1 + i % 5, 3 * i) for i in range(18)]
+    files = [f"long_file={write_jsonl(root / 'long.jsonl', long)}", f"short_file={write_jsonl(root / 'short.jsonl', short)}"]
+    tokenize(compose_config("tokenize", [*base_words, *files, f"data_dir={root / 'tokens'}"]))
+    return root / "tokens"
+
+
+@pytest.fixture(scope="session")
+def run_config(base_words: list[str], data_dir: Path) -> Callable[..., Config]:
+    """run_config(folder, "lr=1", ...) -> the composed Config of a train run in that folder."""
+
+    def make(folder: Path, *words: str) -> Config:
+        return compose_config("train", [*base_words, f"data_dir={data_dir}", f"output_dir={folder}", *words])
+
+    return make
+
+
+def launch_all(configs: list[Config], folder: Path) -> int:
+    """Train several runs one after the other in one launch, which saves the start of the processes."""
+    from longalign import launch
+
+    prepared = [launch.prepare_run(config, dry_run=False)[0] for config in configs]
+    command = [*launch.worker_command(Path(prepared[0].output_dir or ""))[:-1]]
+    command += [f"{config.output_dir}/config.yaml" for config in prepared]
+    return launch.run_workers(command, prepared[0], folder / "logs")
+
+
+def longalign(*words: str, cwd: Path, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run the installed command line in a real process."""
+    command = [str(Path(sys.executable).with_name("longalign")), *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs)
