@@ -37,9 +37,10 @@ def conf_dir() -> Path:
 
 
 def beside(path: str, name: str) -> str:
-    """`RUN/model` -> `RUN/<name>`; a hub name -> `runs/<name>/<hub name>`."""
-    folder = Path(path)
-    return str(folder.parent / name) if folder.is_dir() else f"runs/{name}/{path.replace('/', '--')}"
+    """`RUN/model` of a run of ours -> `RUN/<name>`; any other model -> `runs/<name>/<its name>`."""
+    run = Path(path).parent
+    ours = (run / "config.yaml").is_file()
+    return str(run / name) if ours else f"runs/{name}/{Path(path).name}"
 
 
 OmegaConf.register_new_resolver("bundled", lambda name: str(PACKAGE / "assets" / name), replace=True)
@@ -183,23 +184,28 @@ def compose_config(command: str, words: list[str], config_dir: str | None = None
 
     Raises UserError naming the key, the value and what is allowed.
     """
-    overrides = parse(words, config_dir=config_dir)
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir {config_dir}: no such folder")
-        overrides += OverridesParser.create().parse_overrides(
-            [f"hydra.searchpath=[{QuotedString(f'file://{Path(config_dir).resolve()}', Quote.double).with_quotes()}]"]
-        )
+    overrides = override_words(parse(words, config_dir=config_dir), config_dir)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            composed = compose(command, [o.input_line or "" for o in overrides])
+            composed = compose(command, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_hydra_message(error)) from None
+        raise UserError(hydra_message(error)) from None
     return validate(composed)
 
 
-def _hydra_message(error: Exception) -> str:
+def override_words(overrides: list[Override], config_dir: str | None) -> list[str]:
+    """The checked overrides as Hydra takes them, with the user's own folder on its search path."""
+    words = [o.input_line or "" for o in overrides]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir {config_dir}: no such folder")
+        folder = QuotedString(f"file://{Path(config_dir).resolve()}", Quote.double).with_quotes()
+        words.append(f"hydra.searchpath=[{folder}]")
+    return words
+
+
+def hydra_message(error: Exception) -> str:
     causes = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
     return "configuration: " + ": ".join(c.splitlines()[0].rstrip(".") for c in dict.fromkeys(causes))
 
@@ -212,7 +218,7 @@ def validate(composed: DictConfig) -> Config:
         missing = getattr(error, "full_key", None)
         if "Missing mandatory value" in str(error):
             raise UserError(f"{missing} has no value: give it as {missing}=...") from None
-        raise UserError(_hydra_message(error)) from None
+        raise UserError(hydra_message(error)) from None
     assert isinstance(plain, dict)
     return from_dict({str(k): v for k, v in plain.items() if k != "hydra"})
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,8 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
         for worker in workers:
             worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    catch = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, forward) for number in catch}
     port = free_port()
     try:
         for rank in range(int(config.cluster.processes)):

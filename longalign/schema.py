@@ -80,7 +80,8 @@ class Needle(Strict):
     depths: Annotated[list[Fraction], Field(min_length=1)]
     documents: PositiveInt
     haystack: str | None
-    leave_out_document: bool
+    distractors: Annotated[int, Field(ge=0)]
+    without_document: bool
     max_new_tokens: PositiveInt
     batch_tokens: PositiveInt
 

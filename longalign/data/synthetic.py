@@ -242,16 +242,43 @@ def _short_task(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def base_texts(n: int, seed: int, max_tokens: int = 2048, documents: float = 0.5) -> Iterator[dict]:
+def base_texts(
+    kind: Literal["lists", "mixed"],
+    n: int,
+    seed: int,
+    min_tokens: int = 64,
+    max_tokens: int = 2048,
+) -> Iterator[dict]:
     """`n` texts, each `{"text": ...}`, that teach a model to read: what stood before comes again.
 
-    A share `documents` of them are documents whose facts (of the train split) stand there three
-    times; the others repeat phrases of random words. Lengths are log-uniform up to `max_tokens`.
+    "lists" are lists of distinct words, over and over: short ones teach a model from random weights
+    to find the word after an earlier occurrence. "mixed" is for the lesson after that, to tell apart
+    occurrences by more than one word: lists and phrases in which words recur, and (half of the
+    texts) documents whose facts, of the train split, stand there three times. Lengths are
+    log-uniform from `min_tokens` to `max_tokens`.
     """
-    rng = random.Random(f"base {seed}")
+    rng = random.Random(f"base {kind} {seed}")
     for _ in range(n):
-        size = _log_uniform(64, max_tokens, rng)
-        yield {"text": _restated(size, rng) if rng.random() < documents else _phrases(size, rng)}
+        size = _log_uniform(min_tokens, max_tokens, rng)
+        if kind == "lists":
+            text = _list(size, rng, distinct=True)
+        elif rng.random() < 0.5:
+            text = _restated(size, rng)
+        else:
+            text = _phrases(size, rng) if rng.random() < 0.5 else _list(size, rng, distinct=False)
+        yield {"text": text}
+
+
+def _list(size: int, rng: random.Random, distinct: bool) -> str:
+    period = min(_log_uniform(4, size // 2, rng), len(WORDS))
+    if distinct:
+        words = rng.sample(WORDS, period)
+    else:
+        pool = rng.sample(WORDS, max(4, period * _log_uniform(10, 100, rng) // 100))
+        words = rng.choices(pool, k=period)
+    repeated = (words * (size // period + 1))[:size]
+    # the leading space makes the first word the same token as later on
+    return " " + " ".join(repeated)
 
 
 def _restated(size: int, rng: random.Random) -> str:
@@ -275,7 +302,7 @@ def _phrases(size: int, rng: random.Random) -> str:
         phrases.append(" ".join(phrase))
         total += len(phrase)
     words = " ".join(phrase for _ in range(3) for phrase in rng.sample(phrases, len(phrases))).split()
-    return "You said: " + " ".join(words[: size - 3])
+    return " " + " ".join(words[:size])
 
 
 def _log_uniform(low: int, high: int, rng: random.Random) -> int:

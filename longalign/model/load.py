@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from longalign.errors import UserError
 from longalign.files import read_json
 from longalign.model.cost import shape_of
 from longalign.model.rope import check_inv_freq, set_theta
+from longalign.progress import console
 from longalign.schema import Config
 
 RECORD = "longalign.json"  # beside an exported model: the template it was trained with
@@ -92,6 +94,8 @@ def load_model(config: Config, dtype: torch.dtype) -> torch.nn.Module:
 
     init_from replaces the weights of model.path; model.init=random draws them from the seed instead.
     """
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
     hf = load_config(config)
     if config.model.init == "random" and config.init_from is None:
         torch.manual_seed(config.seed)

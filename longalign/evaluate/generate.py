@@ -1,0 +1,104 @@
+"""Answers of a model in this process, asked with the very ids it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from longalign.data.messages import Messages
+from longalign.data.template import Template
+from longalign.errors import UserError
+from longalign.model.load import load_model, load_tokenizer, resolve_device, resolve_dtype, template_name
+from longalign.schema import Config
+
+
+class Generator:
+    """A model folder or hub name, loaded once. Raises UserError if it cannot be."""
+
+    def __init__(self, config: Config):
+        self.device = resolve_device(config)
+        self.template = Template(template_name(config), load_tokenizer(config))
+        self.tokenizer = self.template.tokenizer
+        model = load_model(config, resolve_dtype(config, self.device))
+        self.model: Any = model.to(self.device).eval()
+        text_config = self.model.config.get_text_config()
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.seed, self.temperature = config.seed, config.temperature
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        return self.template.prompt_ids(messages)
+
+    def check_fits(self, prompt: list[int], max_new_tokens: int) -> None:
+        """Raises UserError if prompt and answer exceed the model's context."""
+        if self.context is not None and len(prompt) + max_new_tokens > self.context:
+            raise UserError(
+                f"the prompt has {len(prompt):,} tokens and max_new_tokens={max_new_tokens}, but the model's context "
+                f"is {self.context:,}; shorten the document or set model.rope.theta and max_position_embeddings"
+            )
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
+    ) -> list[list[int]]:
+        """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked."""
+        pad, longest = self.template.stop_ids[0], max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        torch.manual_seed(self.seed)
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        if not self.temperature:  # else transformers warns of settings that a model's own generation_config carries
+            sampling |= {"temperature": None, "top_p": None, "top_k": None}
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.template.stop_ids,
+            pad_token_id=pad,
+            streamer=streamer,
+            **sampling,
+        )
+        stops = set(self.template.stop_ids)
+        answers = []
+        for row in out[:, longest:].tolist():
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            answers.append(row[:end])
+        return answers
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def answers(
+        self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int
+    ) -> Iterator[tuple[int, str]]:
+        """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        while order:
+            size = max(1, batch_tokens // len(prompts[order[0]]))
+            batch, order = order[:size], order[size:]
+            for place, ids in zip(batch, self.generate([prompts[p] for p in batch], max_new_tokens), strict=True):
+                yield place, self.decode(ids)
+
+
+class Stream(BaseStreamer):
+    """Writes an answer as it comes. Holds text back while its last character is incomplete."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: list[int], write: Callable[[str], Any]):
+        self.decode, self.stops, self.write = decode, set(stops), write
+        self.ids: list[int] = []
+        self.shown, self.prompt_passed = 0, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_passed:  # transformers sends the prompt first
+            self.prompt_passed = True
+            return
+        self.ids += [token for token in value.tolist() if token not in self.stops]
+        text = self.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self.write(text[self.shown :])
+            self.shown = len(text)
+
+    def end(self) -> None:
+        self.write(self.decode(self.ids)[self.shown :])
