@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -171,7 +172,8 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     check_run_folder(run, config)
     data = check_data(config)
     check_room(config, run)
-    checkpoint.find(config)
+    if start := checkpoint.find(config):
+        checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
     if dry_run:
         shared = Path(config.data_dir) / "plans" / config.strategy.name
         with tempfile.TemporaryDirectory() as scratch:
@@ -216,6 +218,11 @@ def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
     return {**os.environ, **{k: str(v) for k, v in made.items()}, **config.cluster.env}
 
 
+def _die_with_parent() -> None:
+    """In a worker before it starts: have the kernel send it SIGTERM, to save and stop, if the launcher is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only, as is CUDA training
+
+
 def run_workers(command: list[str], config: Config, logs: Path) -> int:
     """Run one process per rank and wait for all; returns the exit code of the run.
 
@@ -245,6 +252,7 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    preexec_fn=_die_with_parent,
                 )
             )
         failed = None

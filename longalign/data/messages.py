@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from longalign.errors import UserError
 
@@ -53,14 +52,32 @@ def expand(patterns: list[str], setting: str) -> list[Path]:
     return files
 
 
-def _open_lines(path: Path) -> BinaryIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a plain or compressed file. Raises an exception if it is cut short."""
     if path.name.endswith(".zst"):
-        import zstandard
+        yield from _zst_lines(path)
+        return
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
+        yield from file
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True))
-    return open(path, "rb")
+
+def _zst_lines(path: Path) -> Iterator[bytes]:
+    """zstandard's own stream reader ends quietly in the middle of a frame, which would lose samples."""
+    import zstandard
+
+    rest, frame = b"", None
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                yield from lines
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file is cut short")
+    if rest:
+        yield rest
 
 
 def read(path: Path) -> Iterator[Raw]:
@@ -75,10 +92,9 @@ def read(path: Path) -> Iterator[Raw]:
             if not isinstance(rows, list):
                 raise UserError(f"{path}: a .json file holds one array of samples; use .jsonl for one per line")
         else:
-            with _open_lines(path) as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield Raw(str(path), number, line)
+            for number, line in enumerate(_lines(path), start=1):
+                if line.strip():
+                    yield Raw(str(path), number, line)
             return
         for number, row in enumerate(rows, start=1):
             yield Raw(str(path), number, row)

@@ -61,10 +61,11 @@ def sort_in_runs(lengths: np.ndarray, group_size: int, rng: np.random.Generator)
     """
     shuffled = rng.permutation(len(lengths))  # so that equal lengths meet at random
     order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    whole = len(order) // group_size * group_size
-    first = rng.integers(len(order) - whole + 1)  # the samples outside whole runs: not always the longest
-    runs = np.delete(order, np.s_[first : first + len(order) - whole]).reshape(-1, group_size)
-    return np.concatenate([rng.permutation(runs).reshape(-1), order[first : first + len(order) - whole]])
+    rest = len(order) % group_size
+    # the samples outside whole runs are taken from a random place, not always the longest
+    first = group_size * rng.integers(len(order) // group_size + 1)
+    runs = np.delete(order, np.s_[first : first + rest]).reshape(-1, group_size)
+    return np.concatenate([rng.permutation(runs).reshape(-1), order[first : first + rest]])
 
 
 def next_fit(lengths: np.ndarray, max_length: int, order: np.ndarray) -> Packs:

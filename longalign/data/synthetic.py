@@ -13,50 +13,57 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 Split = Literal["train", "test"]
 
-ATTRIBUTES = "password nickname motto signal symbol secret".split()
-ADJECTIVES = (
-    "amber ancient brave bright calm clever crimson curious eager faded gentle golden hidden humble"
-    " ivory lonely modest noble patient polite proud rusty silent silver solemn steady swift tired"
-    " velvet weary wise young"
-).split()
-NOUNS = (
-    "badger baker beaver captain carpenter clerk doctor falcon farmer fisher fox gardener goose"
-    " heron hunter judge keeper knight lynx mason merchant miller nurse otter painter pilot poet"
-    " potter raven sailor scholar shepherd singer sparrow student tailor teacher tiger weaver wolf"
-).split()
-MATERIALS = (
-    "basalt birch bronze cedar chalk cherry clover cobalt copper coral cotton crystal ebony emerald"
-    " granite hazel honey indigo iron jade juniper lemon linen maple marble olive opal pearl pepper"
-    " pine plum walnut"
-).split()
-OBJECTS = (
-    "anchor arrow basket bell bridge candle canyon chariot circle comet compass crown desert dragon"
-    " feather forest garden glacier hammer harp helmet island ladder meadow mirror mountain needle"
-    " ocean orchard pebble prairie ribbon river rocket saddle shadow shield spiral summit temple"
-    " thunder tower trumpet tunnel valley violin volcano wagon"
-).split()
 
-PLACES = (
-    "bakery barn castle chapel cottage factory harbour hotel inn kitchen library lighthouse market"
-    " mill museum palace school square stable station theatre village warehouse workshop"
-).split()
-QUALITIES = "big clean cold dark famous large little new plain quiet small strange tall warm white".split()
-THINGS = (
-    "barrel bench blanket bottle box carpet chair chest clock coat cradle curtain cushion drum"
-    " fence fountain kettle lamp lantern map painting piano pillow plate rope statue stove table"
-    " vase wheel"
-).split()
-VERBS = "borrows carries displays has hides holds keeps lends needs offers owns sells shows stores uses wants".split()
-PREPOSITIONS = "above behind below beside beyond near opposite under".split()
-TIMES = "autumn evening morning night season spring summer week winter year".split()
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
-WORDS = tuple(
-    ATTRIBUTES + ADJECTIVES + NOUNS + MATERIALS + OBJECTS + PLACES + QUALITIES + THINGS + VERBS + PREPOSITIONS + TIMES
-)
+
+# a fact is about an attribute of an owner (adjective and noun); its value is a material and an object
+ATTRIBUTES = _words("password nickname motto signal symbol secret")
+ADJECTIVES = _words("""
+    amber ancient brave bright calm clever crimson curious eager faded gentle golden hidden humble ivory
+    lonely modest noble patient polite proud rusty silent silver solemn steady swift tired velvet weary wise
+    young
+""")
+NOUNS = _words("""
+    badger baker beaver captain carpenter clerk doctor falcon farmer fisher fox gardener goose heron hunter
+    judge keeper knight lynx mason merchant miller nurse otter painter pilot poet potter raven sailor
+    scholar shepherd singer sparrow student tailor teacher tiger weaver wolf
+""")
+MATERIALS = _words("""
+    basalt birch bronze cedar chalk cherry clover cobalt copper coral cotton crystal ebony emerald granite
+    hazel honey indigo iron jade juniper lemon linen maple marble olive opal pearl pepper pine plum walnut
+""")
+OBJECTS = _words("""
+    anchor arrow basket bell bridge candle canyon chariot circle comet compass crown desert dragon feather
+    forest garden glacier hammer harp helmet island ladder meadow mirror mountain needle ocean orchard
+    pebble prairie ribbon river rocket saddle shadow shield spiral summit temple thunder tower trumpet
+    tunnel valley violin volcano wagon
+""")
+
+# what the filler is made of
+PLACES = _words("""
+    bakery barn castle chapel cottage factory harbour hotel inn kitchen library lighthouse market mill
+    museum palace school square stable station theatre village warehouse workshop
+""")
+QUALITIES = _words("big clean cold dark famous large little new plain quiet small strange tall warm white")
+THINGS = _words("""
+    barrel bench blanket bottle box carpet chair chest clock coat cradle curtain cushion drum fence fountain
+    kettle lamp lantern map painting piano pillow plate rope statue stove table vase wheel
+""")
+VERBS = _words("""
+    borrows carries displays has hides holds keeps lends needs offers owns sells shows stores uses wants
+""")
+PREPOSITIONS = _words("above behind below beside beyond near opposite under")
+TIMES = _words("autumn evening morning night season spring summer week winter year")
+
+WORDS = (*ATTRIBUTES, *ADJECTIVES, *NOUNS, *MATERIALS, *OBJECTS)
+WORDS += (*PLACES, *QUALITIES, *THINGS, *VERBS, *PREPOSITIONS, *TIMES)
 
 MIN_FACTS, MAX_FACTS = 3, 8
 TEST_SHARE = 5  # one key in this many belongs to the test split
@@ -82,13 +89,10 @@ def length(text: str) -> int:
 
 
 def vocabulary() -> list[str]:
-    """Strings that between them hold every token of this world, sentence starts included."""
-    rng = random.Random(0)
-    sentences = [sentence for sentence, _ in zip(filler(rng), range(2000))]
-    sentences += [text for fact in facts("train", 500, rng) for text in (fact.statement, fact.question)]
-    for kind in ("long", "short"):
-        for conversation in conversations(kind, "train", 200, seed=0):
-            sentences += [message["content"] for message in conversation["messages"]]
+    """Texts that between them hold every token of this world, sentence starts included."""
+    spoken = [*conversations("long", "train", 200, seed=0), *conversations("short", "train", 200, seed=0)]
+    texts = [message["content"] for talk in spoken for message in talk["messages"]]
+    sentences = [*texts, *islice(filler(random.Random(0)), 2000)]
     starts = {sentence.split()[0] for sentence in sentences}
     return [*sentences, *(f" {word}" for word in (*WORDS, *starts))]
 
@@ -129,17 +133,16 @@ def filler(rng: random.Random) -> Iterator[str]:
         return f"a {rng.choice(QUALITIES)} {rng.choice(THINGS)}"
 
     while True:
-        clause = f"{place()} {rng.choice(VERBS)} {thing()} {rng.choice(PREPOSITIONS)} the {rng.choice(PLACES)}"
-        form = rng.randrange(6)
-        if form == 0:
-            yield f"Every {rng.choice(TIMES)} {clause}."
-        elif form == 1:
-            yield f"There is {thing()} {rng.choice(PREPOSITIONS)} {place()}."
-        elif form == 2:
-            yield f"Visitors say that {clause}."
-        else:
-            # the plain form is the most common
-            yield f"T{clause[1:]}."
+        where = f"{rng.choice(PREPOSITIONS)} the {rng.choice(PLACES)}"
+        clause = f"{place()} {rng.choice(VERBS)} {thing()} {where}"
+        yield rng.choice(
+            [
+                *[f"T{clause[1:]}."] * 3,
+                f"Every {rng.choice(TIMES)} {clause}.",
+                f"Visitors say that {clause}.",
+                f"There is {thing()} {rng.choice(PREPOSITIONS)} {place()}.",
+            ]
+        )
 
 
 def document(
@@ -167,11 +170,12 @@ def document(
         sentences.append(sentence)
         breaks.append("\n\n" if starts_paragraph else " ")
     # a statement goes between two sentences; ties keep the order given
-    for depth, statement in sorted(zip(depths, statements), key=lambda pair: pair[0], reverse=True):
+    placed = sorted(zip(depths, statements, strict=True), key=lambda pair: pair[0], reverse=True)
+    for depth, statement in placed:
         at = round(depth * len(sentences))
         sentences.insert(at, statement)
         breaks.insert(at, " ")
-    return "".join(gap + sentence for gap, sentence in zip(["", *breaks[1:]], sentences))
+    return "".join(gap + sentence for gap, sentence in zip(["", *breaks[1:]], sentences, strict=True))
 
 
 def conversations(
@@ -243,19 +247,15 @@ def _short_task(rng: random.Random) -> tuple[str, str]:
 
 
 def base_texts(
-    kind: Literal["lists", "mixed"],
-    n: int,
-    seed: int,
-    min_tokens: int = 64,
-    max_tokens: int = 2048,
+    n: int, seed: int, max_tokens: int = 2048, min_tokens: int = 32, kind: Literal["lists", "mixed"] = "mixed"
 ) -> Iterator[dict]:
     """`n` texts, each `{"text": ...}`, that teach a model to read: what stood before comes again.
 
-    "lists" are lists of distinct words, over and over: short ones teach a model from random weights
-    to find the word after an earlier occurrence. "mixed" is for the lesson after that, to tell apart
-    occurrences by more than one word: lists and phrases in which words recur, and (half of the
-    texts) documents whose facts, of the train split, stand there three times. Lengths are
-    log-uniform from `min_tokens` to `max_tokens`.
+    "lists" are lists of distinct words, over and over: from random weights, short ones teach to find
+    the word after an earlier occurrence. "mixed" comes after that and teaches to tell occurrences
+    apart by more than one word: lists and phrases in which words recur, and (half of the texts)
+    documents whose facts, of the train split, stand there three times. Lengths are log-uniform.
+    Raises ValueError if a document is to be shorter than three statements, about 32 tokens.
     """
     rng = random.Random(f"base {kind} {seed}")
     for _ in range(n):
@@ -271,14 +271,10 @@ def base_texts(
 
 def _list(size: int, rng: random.Random, distinct: bool) -> str:
     period = min(_log_uniform(4, size // 2, rng), len(WORDS))
-    if distinct:
-        words = rng.sample(WORDS, period)
-    else:
-        pool = rng.sample(WORDS, max(4, period * _log_uniform(10, 100, rng) // 100))
-        words = rng.choices(pool, k=period)
-    repeated = (words * (size // period + 1))[:size]
+    pool = rng.sample(WORDS, max(4, period * _log_uniform(10, 100, rng) // 100))
+    words = rng.sample(WORDS, period) if distinct else rng.choices(pool, k=period)
     # the leading space makes the first word the same token as later on
-    return " " + " ".join(repeated)
+    return " " + " ".join((words * (size // period + 1))[:size])
 
 
 def _restated(size: int, rng: random.Random) -> str:

@@ -27,7 +27,7 @@ def name(step: int) -> str:
 def save(engine: Any, folder: Path, step: int, keep_last: int, about: dict[str, Any]) -> Path:
     """Save the engine's state after optimizer step `step`; called by every rank.
 
-    `about` is what a resumed run must have in common with this one (see `load`). Raises UserError on a full disk.
+    `about` is what a resumed run must have in common with this one (see `needs`). Raises UserError on a full disk.
     """
     final, partial = folder / name(step), folder / f".{name(step)}.partial"
     first = dist.get_rank() == 0
@@ -86,6 +86,11 @@ def find(config: Config) -> Path | None:
     if candidates:
         raise UserError(f"resume=auto: every checkpoint in {config.output_dir}/checkpoints is damaged; resume=none")
     return None
+
+
+def needs(config: Config, plan: dict[str, Any]) -> dict[str, Any]:
+    """What a run must have in common with the one that wrote a checkpoint. `plan`: the plan's identity."""
+    return {"processes": int(config.cluster.processes), "zero_stage": config.cluster.zero_stage, "plan": plan}
 
 
 def check(checkpoint: Path, about: dict[str, Any]) -> int:

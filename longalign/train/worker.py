@@ -89,11 +89,7 @@ def train(config: Config) -> None:
     engine = build_engine(config, dist.get_world_size())
     check_inv_freq(engine.module, config.model.rope.theta)
 
-    about = {
-        "processes": dist.get_world_size(),
-        "zero_stage": config.cluster.zero_stage,
-        "plan": plan.manifest["identity"],
-    }
+    about = checkpoint.needs(config, plan.manifest["identity"])
     start = checkpoint.find(config)
     done = checkpoint.check(start, about) if start else 0
     if start:

@@ -24,10 +24,11 @@ def build() -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), byte_level])
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = sorted({piece for text in synthetic.vocabulary() for piece, _ in pre_tokenizer.pre_tokenize_str(text)})
-    words = [piece for piece in pieces if piece not in bytes_]
+    split_texts = map(pre_tokenizer.pre_tokenize_str, synthetic.vocabulary())
+    words = sorted({piece for pieces in split_texts for piece, _ in pieces} - set(bytes_))
     # a word beats its bytes whatever its length, since every token costs
-    vocabulary = [(token, 0.0) for token in SPECIAL] + [(token, -10.0) for token in bytes_] + [(word, -1.0) for word in words]
+    vocabulary = [(token, 0.0) for token in SPECIAL]
+    vocabulary += [(token, -10.0) for token in bytes_] + [(word, -1.0) for word in words]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,111 @@
+"""Reading every file format, and saying precisely what is wrong with a sample."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from longalign.data.messages import BadSample, conversation, expand, merge_system, read, understand
+from longalign.errors import UserError
+
+SAMPLES = [{"messages": [{"role": "user", "content": f"q{i} 你好"}, {"role": "assistant", "content": f"a{i}"}]} for i in range(5)]
+
+
+def write(path: Path) -> Path:
+    lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in SAMPLES).encode()
+    name = path.name
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(lines))
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(SAMPLES), path)
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(SAMPLES))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
+def test_every_format_gives_the_same_samples(name: str, tmp_path: Path) -> None:
+    raws = list(read(write(tmp_path / name)))
+    assert [understand(r) for r in raws] == SAMPLES
+    assert [r.line for r in raws] == [1, 2, 3, 4, 5]
+
+
+def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": []}\n\n  \n{"messages": []}\n')
+    assert [r.line for r in read(path)] == [1, 4]
+
+
+def test_globs_and_lists_expand_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.json"):
+        write(tmp_path / name)
+    found = expand([str(tmp_path / "*.jsonl"), str(tmp_path / "c.json")], "long_file")
+    assert [p.name for p in found] == ["a.jsonl", "b.jsonl", "c.json"]
+
+
+@pytest.mark.parametrize("pattern", ["none.jsonl", "*.parquet", "a.csv"])
+def test_missing_or_unknown_files_are_refused(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match="long_file"):
+        expand([str(tmp_path / pattern)], "long_file")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=name):
+        list(read(path))
+
+
+def message(role: str, content: str | None) -> dict[str, str | None]:
+    return {"role": role, "content": content}
+
+
+U, A, S = message("user", "q"), message("assistant", "a"), message("system", "s")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no messages"),
+        (None, "no messages"),
+        ("text", "no messages"),
+        (["text"], "message without a role"),
+        ([{"content": "q"}], "message without a role"),
+        ([message("human", "q"), A], "unknown role 'human'"),
+        ([U], "no answered question"),
+        ([S], "no answered question"),
+        ([A, U], "roles do not alternate"),
+        ([U, U, A], "roles do not alternate"),
+        ([U, A, S, U, A], "roles do not alternate"),
+        ([message("user", 3), A], "content is not text"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_conversations_say_why(messages: object, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        conversation({"messages": messages})
+
+
+def test_what_is_mended() -> None:
+    mended = conversation({"messages": [S, message("user", None), message("assistant", "a\u200bb"), U]})
+    assert mended == [S, message("user", ""), message("assistant", "ab")]
+    assert merge_system(mended) == [message("user", "s\n\n"), message("assistant", "ab")]
+
+
+@pytest.mark.parametrize("line", [b"{not json", b"\xff\xfe", b"[1, 2]"])
+def test_malformed_lines(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(BadSample):
+        understand(next(read(path)))

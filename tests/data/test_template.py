@@ -1,0 +1,142 @@
+"""Where targets stand, what truncation cuts, and that asking uses the ids of training."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from longalign.data.messages import BadSample, Messages
+from longalign.data.template import IGNORE, LLAMA_JINJA, Row, Template, truncate
+from tests.conftest import TINY, WORDS
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Shows only the last answer's thoughts, as reasoning models do: earlier turns change when a turn is added.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{{ m['content'] if m['role'] == 'user' or loop.last else m['content'].split('|')[-1] }}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tokenizer(jinja: str | None = None):
+    made = AutoTokenizer.from_pretrained(TINY)
+    if jinja:
+        made.split_special_tokens = False  # the bundled tokenizer reads special tokens in text as text
+        made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        made.chat_template = jinja
+    return made
+
+
+def templates() -> list[Template]:
+    return [
+        Template("longalign-llama", tokenizer()),
+        Template("longalign-chatglm", tokenizer()),
+        Template("chat_template", tokenizer(CHATML)),
+    ]
+
+
+def random_conversation(rng: random.Random, rounds: int, system: bool) -> Messages:
+    text = lambda low: " ".join(rng.choices([*WORDS, "\n\n", "é", "[INST]"], k=rng.randint(low, 6)))
+    messages = [{"role": "system", "content": text(1)}] if system else []
+    for _ in range(rounds):
+        messages += [{"role": "user", "content": text(1)}, {"role": "assistant", "content": text(1)}]
+    return messages
+
+
+def test_llama_layout_spelled_out() -> None:
+    made = tokenizer()
+    ids = lambda text: made(text, add_special_tokens=False)["input_ids"]
+    bos, eos = made.bos_token_id, made.eos_token_id
+    q1, a1, q2, a2 = ids("[INST]what[/INST]"), ids("the river"), ids("\n\n[INST]is[/INST]"), ids("golden")
+    messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["what", "the river", "is", "golden"], strict=True)]
+    (row,) = Template("longalign-llama", made).rows(messages)
+    assert row.input_ids == [bos, *q1, *a1, *q2, *a2, eos]
+    assert row.labels == [IGNORE] * (1 + len(q1)) + a1 + [eos] + [IGNORE] * (len(q2) - 1) + a2 + [eos]
+
+
+def test_empty_answer_has_no_target_and_no_eos_label() -> None:
+    template = Template("longalign-llama", tokenizer())
+    said = lambda *answers: [
+        {"role": r, "content": c} for a in answers for r, c in (("user", "what"), ("assistant", a))
+    ]
+    with pytest.raises(BadSample, match="no target"):
+        template.rows(said("", ""))
+    (row,) = template.rows(said("", "river"))
+    assert row.n_target == len(template.tokenizer("river", add_special_tokens=False)["input_ids"]) + 1
+
+
+@pytest.mark.parametrize("template", templates(), ids=lambda t: t.name)
+def test_asking_uses_the_ids_of_training(template: Template) -> None:
+    """For every round: the prompt's ids are the row's ids up to that round's answer, and the answer comes next."""
+    rng = random.Random(0)
+    for number in range(40):
+        messages = random_conversation(rng, rng.randint(1, 4), system=number % 2 == 0)
+        (row,) = template.rows(messages)
+        assert len(row.input_ids) == len(row.labels)
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = template.prompt_ids(messages[:place])
+            assert row.input_ids[: len(prompt)] == prompt
+            answer = template.tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+            assert row.labels[len(prompt) : len(prompt) + len(answer)] == answer
+            assert row.labels[len(prompt) + len(answer)] in template.stop_ids, "the model learns to stop"
+
+
+def test_templates_that_rewrite_history_train_one_row_per_answer() -> None:
+    template = Template("chat_template", tokenizer(FORGETFUL))
+    messages = [
+        {"role": "user", "content": "what"},
+        {"role": "assistant", "content": "quiet|river"},
+        {"role": "user", "content": "is"},
+        {"role": "assistant", "content": "near|mill"},
+    ]
+    rows = template.rows(messages)
+    assert len(rows) == 2
+    decode = template.tokenizer.decode
+    for row, answer in zip(rows, ("quiet|river<|im_end|>\n", "near|mill<|im_end|>\n"), strict=True):
+        assert decode([i for i in row.labels if i != IGNORE]) == answer
+    assert "quiet" not in decode(rows[1].input_ids)
+    prompt = template.prompt_ids(messages[:3])
+    assert rows[1].input_ids[: len(prompt)] == prompt
+
+
+def test_exported_jinja_renders_the_same_text() -> None:
+    made = tokenizer()
+    made.chat_template = LLAMA_JINJA
+    rng = random.Random(1)
+    for number in range(20):
+        messages = random_conversation(rng, rng.randint(1, 3), system=number % 2 == 0)
+        (row,) = Template("longalign-llama", made).rows(messages)
+        text = made.apply_chat_template(messages, tokenize=False)
+        assert text == made.decode(row.input_ids)
+
+
+def row_of(*stretches: tuple[int, bool]) -> Row:
+    ids, labels = [], []
+    for length, is_target in stretches:
+        new = list(range(len(ids) + 1, len(ids) + 1 + length))
+        ids += new
+        labels += new if is_target else [IGNORE] * length
+    return Row(ids, labels)
+
+
+def test_truncation() -> None:
+    row = row_of((50, False), (5, True), (10, False), (5, True))
+    assert truncate(row, 70, "right") == row, "an exact fit is not cut"
+    assert truncate(row, 52, "right") == Row(row.input_ids[:52], row.labels[:52])
+    with pytest.raises(BadSample, match="no target left"):
+        truncate(row, 50, "right")
+    for how in ("drop", "error"):
+        with pytest.raises(BadSample, match="too long"):
+            truncate(row, 69, how)
+    middle = truncate(row, 40, "middle")
+    assert middle.input_ids == [*range(1, 11), *range(41, 71)]
+    assert middle.n_target == 10
+    with pytest.raises(BadSample, match="answers alone"):
+        truncate(row, 20, "middle")

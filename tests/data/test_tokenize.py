@@ -1,0 +1,136 @@
+"""Nothing is lost between raw files and the Arrow table, whatever is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+from longalign.config import compose_config
+from longalign.data.tokenize import choose, tokenize
+from longalign.errors import UserError
+from longalign.files import read_json
+from tests.conftest import conversation, write_jsonl
+
+
+def run(words: list[str], folder: Path, *more: str) -> dict:
+    return tokenize(compose_config("tokenize", [*words, f"data_dir={folder}", *more]))
+
+
+def test_table_and_manifest(data_dir: Path) -> None:
+    table, manifest = load_from_disk(str(data_dir)), read_json(data_dir / "manifest.json")
+    assert len(table) == manifest["samples"] == 27
+    assert table["sample_id"][:] == list(range(27))
+    for row in table:
+        assert row["length"] == len(row["input_ids"]) == len(row["labels"]) <= 128
+        assert row["n_target"] == sum(label != -100 for label in row["labels"]) > 0
+        assert row["labels"][0] == -100
+    assert max(table["length"]) == manifest["longest"] == 128, "a sample of exactly max_length stays whole"
+    lines = sorted((r["source"], r["source_line"]) for r in table)
+    assert lines == [("long", n) for n in range(1, 10)] + [("short", n) for n in range(1, 19)]
+    assert [r["source"] for r in table] != sorted(r["source"] for r in table), "the order is mixed"
+    assert manifest["tokens"] == sum(table["length"])
+    assert manifest["model_shape"]["layers"] == 2
+
+
+def test_bad_samples_are_counted_and_named(tmp_path: Path, base_words: list[str]) -> None:
+    good = conversation(5, 3, 0)
+    bad = {
+        "malformed JSON": '{"messages": [',
+        "no messages": {"messages": []},
+        "unknown role 'bot'": {"messages": [{"role": "bot", "content": "x"}]},
+        "no target": {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+    }
+    long = write_jsonl(tmp_path / "long.jsonl", [good, *bad.values(), good])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    manifest = run(base_words, tmp_path / "out", f"long_file={long}", f"short_file={empty}")
+    ledger = manifest["ledger"]["long"]
+    assert ledger["samples_in"] == 6
+    assert ledger["rows_kept"] == 2
+    assert ledger["dropped"] == dict.fromkeys(bad, 1)
+    assert manifest["ledger"]["empty"]["samples_in"] == 0
+    named = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(n["line"], n["reason"]) for n in named] == list(zip((2, 3, 4, 5), bad, strict=True))
+    assert all(n["file"] == str(long) for n in named)
+
+
+def test_truncation_is_counted(tmp_path: Path, base_words: list[str]) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [conversation(20, 200, 0), conversation(5, 3, 0)])
+    files = [f"long_file={long}", "short_file=null", "max_length=64"]
+    ledger = run(base_words, tmp_path / "right", *files)["ledger"]["long"]
+    assert ledger["truncated"] == 1
+    assert ledger["tokens_in"] == ledger["tokens_kept"] + ledger["tokens_cut"]
+    assert ledger["targets_in"] > ledger["targets_kept"] > 0
+    dropped = run(base_words, tmp_path / "drop", *files, "truncate=drop")["ledger"]["long"]
+    assert dropped["dropped"] == {"too long": 1}
+    with pytest.raises(UserError, match=r"long\.jsonl:1 has \d+ tokens, max_length=64"):
+        run(base_words, tmp_path / "error", *files, "truncate=error")
+    assert not (tmp_path / "error").exists()
+
+
+def test_several_processes_give_the_same_bits(tmp_path: Path, base_words: list[str]) -> None:
+    rows = [conversation(10 + i % 30, 1 + i % 7, i) for i in range(300)]
+    files = [f"long_file={write_jsonl(tmp_path / 'long.jsonl', rows)}", "short_file=null"]
+    one = run(base_words, tmp_path / "one", *files, "num_proc=1")
+    two = run(base_words, tmp_path / "two", *files, "num_proc=2")
+    assert one["fingerprint"] == two["fingerprint"]
+    arrow = "data-00000-of-00001.arrow"
+    assert (tmp_path / "one" / arrow).read_bytes() == (tmp_path / "two" / arrow).read_bytes()
+
+
+def test_datanum_is_seeded_and_nested() -> None:
+    longs = lambda wanted, seed: {row for is_long, row in choose(50, 20, wanted, seed) if is_long}
+    assert len(longs(10, 1)) == 10
+    assert longs(10, 1) < longs(30, 1)
+    assert longs(10, 1) != longs(10, 2)
+    assert choose(50, 20, 10, 1) == choose(50, 20, 10, 1)
+    assert len(longs(None, 1)) == 50
+    assert len(choose(50, 20, 0, 1)) == 20
+
+
+def test_folders_in_the_way(tmp_path: Path, base_words: list[str]) -> None:
+    files = [f"long_file={write_jsonl(tmp_path / 'long.jsonl', [conversation(5, 3, 0)])}", "short_file=null"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds something else"):
+        run(base_words, tmp_path / "mine", *files, "overwrite=true")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    run(base_words, tmp_path / "out", *files)
+    with pytest.raises(UserError, match="overwrite=true"):
+        run(base_words, tmp_path / "out", *files)
+    run(base_words, tmp_path / "out", *files, "overwrite=true")
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_nothing_usable(tmp_path: Path, base_words: list[str]) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [{"messages": []}] * 3)
+    with pytest.raises(UserError, match="3 x no messages"):
+        run(base_words, tmp_path / "out", f"long_file={long}", "short_file=null")
+    with pytest.raises(UserError, match="both null"):
+        run(base_words, tmp_path / "out", "long_file=null", "short_file=null")
+
+
+def test_text_template_makes_every_token_a_target(tmp_path: Path, base_words: list[str]) -> None:
+    rows = [{"text": "the river is near"}, {"messages": []}]
+    long = write_jsonl(tmp_path / "text.jsonl", rows)
+    manifest = run(base_words, tmp_path / "out", f"long_file={long}", "short_file=null", "template=text")
+    row = load_from_disk(str(tmp_path / "out"))[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert manifest["ledger"]["text"]["dropped"] == {'no "text"': 1}
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, base_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from longalign.data import tokenize as module
+
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_arrow", full)
+    files = [f"long_file={write_jsonl(tmp_path / 'long.jsonl', [conversation(5, 3, 0)])}", "short_file=null"]
+    with pytest.raises(UserError, match="disk is full"):
+        run(base_words, tmp_path / "out", *files)
+    assert [p.name for p in tmp_path.iterdir()] == ["long.jsonl"]

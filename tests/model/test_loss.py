@@ -1,0 +1,88 @@
+"""Weights against the paper's formulas, cross-entropy against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from longalign.data.batch import concatenate
+from longalign.model import loss as module
+from longalign.model.loss import StepTotals, batch_weights, token_losses
+
+# Two packs of one step: targets per sequence. M = 4 sequences with a target, K = 2, N = 14.
+PACKS = [[3, 1, 0], [2, 8]]
+TOTALS = StepTotals(sequences=4, packs=2, targets=14)
+
+
+def batch_of(counts: list[int]):
+    ids = [np.arange(10 + n) for n in counts]
+    labels = [np.array([-100] * 10 + [1] * n) for n in counts]
+    return concatenate(ids, labels)
+
+
+def expected(average: str, losses: list[list[np.ndarray]]) -> float:
+    """Paper Eq. 2, Eq. 3 and the mean over tokens, written as they stand there."""
+    with_target = [s for pack in losses for s in pack if len(s)]
+    if average == "sequence":
+        return float(np.mean([s.mean() for s in with_target]))
+    if average == "pack":
+        return float(np.mean([np.concatenate(pack).mean() for pack in losses]))
+    return float(np.concatenate(with_target).mean())
+
+
+@pytest.mark.parametrize("average", ["sequence", "pack", "token"])
+@pytest.mark.parametrize("together", [True, False], ids=["one micro-step", "a pack at a time"])
+def test_weighted_sum_is_the_papers_average(average: str, together: bool) -> None:
+    rng = np.random.default_rng(0)
+    losses = [[rng.random(n) for n in pack] for pack in PACKS]
+    micro_steps = [[0, 1]] if together else [[0], [1]]
+    total = torch.zeros(3)
+    for packs in micro_steps:
+        batch = batch_of([n for p in packs for n in PACKS[p]])
+        pack_of_sample = torch.tensor([i for i, p in enumerate(packs) for _ in PACKS[p]])
+        weights = batch_weights(average, batch, pack_of_sample, TOTALS)  # type: ignore[arg-type]
+        values = torch.from_numpy(np.concatenate([s for p in packs for s in losses[p]])).float()
+        total += values @ weights
+    assert total[0] == pytest.approx(expected(average, losses), rel=1e-6)
+    assert total[1] == pytest.approx(expected("sequence", losses), rel=1e-6)
+    assert total[2] == pytest.approx(expected("token", losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 64, 131])
+def test_token_losses_and_gradients_against_float64(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 64)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(24, 101, bias=False)
+    hidden = torch.randn(n, 24, requires_grad=True)
+    targets, weights = torch.randint(101, (n,)), torch.rand(n)
+    (token_losses(hidden, head, targets) * weights).sum().backward()
+    hidden64 = hidden.detach().double().requires_grad_()
+    weight64 = head.weight.detach().double().requires_grad_()
+    log_p = (hidden64 @ weight64.T).log_softmax(-1)
+    (-log_p[torch.arange(n), targets] * weights.double()).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(head.weight.grad.double(), weight64.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_of_the_docstring() -> None:
+    batch = concatenate([np.array([5, 6, 7]), np.array([8, 9])], [np.array([-100, -100, 7]), np.array([-100, 9])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.target_rows.tolist() == [1, 3]
+    assert batch.target_ids.tolist() == [7, 9]
+    assert batch.target_sample.tolist() == [0, 1]
+    assert batch.max_seqlen == 3
+
+
+def test_targets_never_cross_documents() -> None:
+    """The hidden state that predicts a target belongs to the target's own sample, for odd shapes too."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(1, 9, rng.integers(1, 6))
+        labels = [np.concatenate([[-100], np.where(rng.random(n - 1) < 0.5, 1, -100)]) for n in lengths]
+        batch = concatenate([np.zeros(n, np.int64) for n in lengths], labels)
+        sample_of_row = np.repeat(np.arange(len(lengths)), lengths)
+        assert (sample_of_row[batch.target_rows.numpy()] == batch.target_sample.numpy()).all()
+        assert batch.n_target.tolist() == [(row != -100).sum() for row in labels]

@@ -1,0 +1,140 @@
+"""Every shipped file composes and validates; every mistake gets one message that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longalign.config import COMMANDS, KEYS, compose_config, conf_dir, from_dict, groups, load_frozen, quote, to_yaml
+from longalign.errors import UserError
+
+OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command: str) -> None:
+    assert compose_config(command, []).model.name == "llama2-7b"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    more = ["model.path=somewhere"] if option == "hf" else []
+    config = compose_config("train", [f"{group}={option}", *more])
+    if group not in ("experiment", "task"):
+        assert getattr(config, group).name == option
+
+
+def test_every_yaml_is_an_option_or_a_base() -> None:
+    known = {f"{group}/{option}.yaml" for group, option in OPTIONS} | {f"{c}.yaml" for c in (*COMMANDS, "config")}
+    found = {str(f.relative_to(conf_dir())) for f in conf_dir().rglob("*.yaml") if f.stem != "base"}
+    assert found == known
+    assert len(OPTIONS) > 20
+
+
+def test_defaults_of_the_contract() -> None:
+    c = compose_config("train", ["strategy=sorted", "model=llama2-7b"])
+    assert (c.seed, c.max_length, c.truncate, c.epochs, c.lr, c.warmup_ratio) == (42, 65536, "right", 2, 2e-5, 0.03)
+    assert (c.betas, c.grad_clip, c.save_every, c.keep_last, c.resume) == ((0.9, 0.95), 1.0, 200, 10, "none")
+    assert (c.strategy.batch_size, c.strategy.group_size, c.strategy.packs_per_step) == (96, 8, 8)
+    assert c.output_dir == "runs/llama2-7b/10k/sorted"
+    assert compose_config("tokenize", ["datanum=5k"]).output_dir == "data/llama2-7b/5k"
+    assert compose_config("group", []).output_dir == "data/llama2-7b/10k/plans/packing+weighting"
+    assert compose_config("train", ["strategy=packing"]).strategy.average == "pack"
+
+
+def test_frozen_file_gives_the_same_config(tmp_path: Path) -> None:
+    config = compose_config("train", ["model=tiny", "prompt=你好: {x}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_frozen(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("prompt=What's this, (briefly)?", "prompt", "What's this, (briefly)?"),
+        ("prompt=你好", "prompt", "你好"),
+        ('prompt="quoted" and \\back\\', "prompt", '"quoted" and \\back\\'),
+        ("prompt=${data_dir} stays", "prompt", "${data_dir} stays"),
+        ("prompt=[a, b]", "prompt", "[a, b]"),
+        ("prompt=a=b", "prompt", "a=b"),
+        ("prompt=null", "prompt", None),
+        ("file=My Docs (1).txt", "file", "My Docs (1).txt"),
+        ("output_dir=2024", "output_dir", "2024"),
+        ("output_dir=${data_dir}/x", "output_dir", "data/llama2-7b/10k/x"),
+        ("long_file=a b.jsonl", "long_file", ["a b.jsonl"]),
+        ("long_file=[a.jsonl,b c.jsonl]", "long_file", ["a.jsonl", "b c.jsonl"]),
+        ("long_file=null", "long_file", []),
+    ],
+)
+def test_text_needs_no_quoting(word: str, key: str, value: object) -> None:
+    assert getattr(compose_config("chat", [word]), key) == value
+
+
+def test_sweep_lists_are_not_quoted() -> None:
+    assert quote("output_dir=a,b", multirun=True) == "output_dir=a,b"
+    assert quote("output_dir=a b", multirun=True) == 'output_dir="a b"'
+    assert quote("lr=1e-4,1e-5", multirun=True) == "lr=1e-4,1e-5"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("lrr=3", "unknown key 'lrr'; did you mean 'lr'?"),
+        ("strategy.batchsize=4", "unknown key 'strategy.batchsize'; did you mean 'strategy.batch_size'?"),
+        ("+new=1", "unknown key 'new'"),
+        ("lr=abc", "lr='abc' is not allowed: it should be a valid number"),
+        ("lr=", "lr='' is not allowed"),
+        ("lr", "expected key=value, got 'lr'"),
+        ("epochs=0", "epochs=0 is not allowed: it should be greater than 0"),
+        ("max_length=3.5", "max_length=3.5 is not allowed: it should be a valid integer"),
+        ("betas=[1]", "betas=[1] is not allowed"),
+        ("strategy.average=mean", "'sequence', 'pack' or 'token'"),
+        ("truncate=left", "'right', 'middle', 'drop' or 'error'"),
+        ("cluster.processes=two", "it should be a valid integer or 'auto'"),
+        ("model=llama2-7c", "did you mean 'llama2-7b'?"),
+        ("task=needles", "did you mean 'needle'?"),
+        ("model=hf", "model.path has no value: give it as model.path=..."),
+        ("strategy=[a", "cannot read the overrides"),
+        ("hydra/launcher=joblib", "takes effect in a sweep only: add -m"),
+        ("~lr", "lr is missing"),
+        ("task.needle.depths=[2]", "it should be less than or equal to 1"),
+    ],
+)
+def test_mistakes(word: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose_config("train", [word])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_free_sections_take_any_key() -> None:
+    config = compose_config("train", ["model.config.num_hidden_layers=4", "cluster.deepspeed.zero_optimization.x=1"])
+    assert config.model.config == {"num_hidden_layers": 4}
+    assert config.cluster.deepspeed == {"zero_optimization": {"x": 1}}
+
+
+def test_unknown_key_in_a_file_is_named() -> None:
+    plain = compose_config("train", []).model_dump(mode="json")
+    plain["model"]["rope"]["thetta"] = 1
+    with pytest.raises(UserError, match=r"unknown key 'model\.rope\.thetta'; did you mean 'model\.rope\.theta'"):
+        from_dict(plain)
+
+
+def test_groups_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [base]\nname: mine\npath: /models/mine\n")
+    config = compose_config("train", ["model=mine"], str(tmp_path))
+    assert (config.model.name, config.model.tokenizer, config.model.rope.theta) == ("mine", "/models/mine", None)
+    with pytest.raises(UserError, match="no such folder"):
+        compose_config("train", [], str(tmp_path / "none"))
+
+
+def test_every_key_has_a_default_in_yaml() -> None:
+    composed = compose_config("train", []).model_dump()
+    for key in KEYS:
+        value: object = composed
+        for part in key.split("."):
+            assert isinstance(value, dict)
+            assert part in value, key
+            value = value[part]
