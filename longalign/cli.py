@@ -28,16 +28,20 @@ def complete_word(incomplete: str) -> list[str]:
     options, key = groups(), incomplete.partition("=")[0]
     if "=" in incomplete:
         return [f"{key}={v}" for v in options.get(key) or allowed_values(key) if f"{key}={v}".startswith(incomplete)]
-    return [f"{k}=" for k in (*options, *KEYS) if k.startswith(incomplete) and (k in options or "." not in k or "." in incomplete)]
+    sections_too = "." in incomplete  # keys within a section only once one is begun, lest they bury the rest
+    keys = (key for key in KEYS if sections_too or "." not in key)
+    return [f"{key}=" for key in dict.fromkeys((*options, *keys)) if key.startswith(incomplete)]
 
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of conf/, e.g. model=llama2-7b lr=1e-5", autocompletion=complete_word),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides of conf/, e.g. model=llama2-7b lr=1e-5", autocompletion=complete_word
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
 ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print the composed configuration, and stop.")]
-Multirun = Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: key=a,b runs every combination, through Hydra.")]
+Multirun = Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: key=a,b runs every combination.")]
 ConfigDir = Annotated[str | None, typer.Option("--config-dir", help="Folder with configuration groups of your own.")]
 
 

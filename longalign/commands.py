@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from longalign.progress import console
@@ -30,7 +31,9 @@ def tokenize(config: Config, dry_run: bool) -> int:
         files = module.sources(config)
         for is_long, group in files.items():
             for file in group:
-                console.print(f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)", highlight=False)
+                console.print(
+                    f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)", highlight=False
+                )
         processes = module.count_processes(config, files)
         console.print(f"{processes} processes -> {config.output_dir}", highlight=False)
         return 0
@@ -50,16 +53,28 @@ def tokenize(config: Config, dry_run: bool) -> int:
 
 
 def ledger_table(manifest: dict[str, Any]) -> Table:
-    table = Table(title=f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens", title_justify="left")
-    for column in ("source", "in", "kept", "not chosen", "dropped", "cut", "tokens in", "kept", "targets in", "kept"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for source, e in manifest["ledger"].items():
-        dropped = sum(e["dropped"].values())
-        counts = (e["samples_in"], e["rows_kept"], e["rows_not_chosen"], dropped, e["truncated"])
-        amounts = (e["tokens_in"], e["tokens_kept"], e["targets_in"], e["targets_kept"])
-        table.add_row(source, *(f"{n:,}" for n in (*counts, *amounts)))
-        for reason, n in e["dropped"].items():
-            table.add_row(f"  dropped: {reason}", "", "", "", f"{n:,}")
+    """What went in and what came out, a column per source."""
+    ledger = manifest["ledger"]
+    title = f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['targets']:,} targets"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for source in ledger:
+        table.add_column(source, justify="right")
+    lines = {
+        "samples in": "samples_in",
+        "rows kept": "rows_kept",
+        "rows not chosen by datanum": "rows_not_chosen",
+        "rows cut to max_length": "truncated",
+        "system put into user turn": "system_merged_into_user",
+        "tokens in": "tokens_in",
+        "tokens kept": "tokens_kept",
+        "targets in": "targets_in",
+        "targets kept": "targets_kept",
+    }
+    for label, key in lines.items():
+        table.add_row(label, *(f"{entry[key]:,}" for entry in ledger.values()))
+    for reason in sorted({reason for entry in ledger.values() for reason in entry["dropped"]}):
+        table.add_row(f"dropped: {reason}", *(f"{entry['dropped'].get(reason, 0):,}" for entry in ledger.values()))
     return table
 
 
@@ -75,8 +90,9 @@ def group(config: Config, dry_run: bool) -> int:
 
 
 def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
-    table = Table(title=f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs", title_justify="left")
-    for column in ("epoch", "steps", "packs", "fill ratio", "sequences/pack", "tokens/step", "cost max/mean"):
+    title = f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean"):
         table.add_column(column, justify="right")
     for number, e in enumerate(manifest["epochs"]):
         table.add_row(

@@ -99,7 +99,7 @@ def _is_free(key: str) -> bool:
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
     """Configuration groups and their options, the user's own folder included."""
     found: dict[str, set[str]] = {}
-    for root in filter(None, (conf_dir(), config_dir and Path(config_dir))):
+    for root in (conf_dir(), Path(config_dir)) if config_dir else (conf_dir(),):
         for file in root.glob("*/*.yaml"):
             if file.stem != "base":
                 found.setdefault(file.parent.name, set()).add(file.stem)

@@ -35,9 +35,7 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
     except OSError as error:
         # Libraries wrap ENOSPC in their own OSError subclasses, often without the number.
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(
-                f"the disk is full: writing {path} failed; free some room or change {setting}"
-            ) from error
+            raise UserError(f"the disk is full: writing {path} failed; free some room or change {setting}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise UserError(f"cannot write {path}: {error.strerror}; change {setting}") from error
         raise
@@ -48,9 +46,7 @@ def require_disk(path: Path, n_bytes: float, setting: str) -> None:
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise UserError(
-            f"{path} needs about {human(n_bytes)} but its disk has {human(free)} free; change {setting}"
-        )
+        raise UserError(f"{path} needs about {human(n_bytes)} but its disk has {human(free)} free; change {setting}")
 
 
 @contextlib.contextmanager

@@ -156,7 +156,10 @@ def describe(config: Config, manifest: dict[str, Any], plan: Plan, how: str) -> 
         ("data", f"{config.data_dir}"),
         ("plan", how),
         ("steps", f"{steps:,} ({first['steps']:,} an epoch, {config.epochs} epochs)"),
-        ("packs", f"{manifest['packs']:,}, {first['sequences_per_pack']} sequences each, {first['fill_ratio']:.1%} full"),
+        (
+            "packs",
+            f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
+        ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
         ("attention", f"{backend}: {why}"),
         ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"),

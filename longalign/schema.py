@@ -70,7 +70,7 @@ class Synthetic(Strict):
     long: Annotated[int, Field(ge=0)]
     short: Annotated[int, Field(ge=0)]
     test: Annotated[int, Field(ge=0)]
-    text: Annotated[int, Field(ge=0)]
+    text_tokens: Annotated[int, Field(ge=0)]
     min_tokens: Annotated[int, Field(ge=64)]
     max_tokens: PositiveInt
 
@@ -99,6 +99,7 @@ class Config(Strict):
     task: Tasks
 
     seed: Annotated[int, Field(ge=0)]
+    shuffle: bool
     long_file: Paths
     short_file: Paths
     data_dir: str

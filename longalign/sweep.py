@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.table import Table
@@ -72,7 +72,7 @@ class Job:
     def __call__(self, composed: DictConfig) -> float:
         """Run, record, and return the objective for the sweeper (NaN for a failed run)."""
         hydra = HydraConfig.get()
-        swept = [o for o in OmegaConf.to_container(hydra.overrides.task) if o not in self.fixed]  # type: ignore[union-attr]
+        swept = [str(o) for o in hydra.overrides.task if o not in self.fixed]
         record: dict[str, Any] = {"run": int(hydra.job.num), "overrides": swept, "output_dir": None, "exit_code": 1}
         try:
             config = own_folder(validate(composed), self.command, swept, self.fixed)
@@ -112,7 +112,7 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
     folder = Path(record["output_dir"])
     if command == "train":
         rows = read_metrics(folder / "metrics.jsonl")
-        names = ("step", "loss", "loss_sequence", "loss_token", "tokens_per_s", "peak_mem_gb")
+        names = ("step", "loss", "loss_sequence", "loss_token", "tokens_per_s")
         return {name: rows[-1][name] for name in names} if rows else {}
     if command == "eval" and (folder / "results.json").is_file():
         return {name: task["score"] for name, task in read_json(folder / "results.json")["tasks"].items()}
@@ -123,12 +123,23 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    figures = list(dict.fromkeys(k for r in rows for k in r if k not in ("run", "overrides", "output_dir", "exit_code", "error")))
+    """One line a run: what was swept, how it ended, its figures."""
+    about = {"run", "overrides", "output_dir", "exit_code", "error"}
+    swept = list(dict.fromkeys(o.partition("=")[0] for row in rows for o in row["overrides"]))
+    figures = list(dict.fromkeys(name for row in rows for name in row if name not in about))
     made = Table(title=f"sweep of {len(rows)} runs", title_justify="left", box=box.SIMPLE)
-    for column in ("run", "ended", *figures):
-        made.add_column(column, justify="left" if column in ("run", "ended") else "right", overflow="fold")
+    for column in (*swept, "ended"):
+        made.add_column(column, overflow="fold")
+    for column in figures:
+        made.add_column(column.replace("_", " "), justify="right")
     for row in rows:
-        cells = (f"{row[k]:,.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in figures)
+        values = dict(o.split("=", 1) for o in row["overrides"])
         ended = "ok" if row["exit_code"] == 0 else f"failed ({row['exit_code']})"
-        made.add_row(" ".join(row["overrides"]) or "-", ended, *cells)
+        made.add_row(*(values.get(key, "") for key in swept), ended, *(_figure(row.get(name)) for name in figures))
     return made
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else f"{value:,}"

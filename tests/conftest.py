@@ -19,7 +19,7 @@ from longalign.config import compose_config
 from longalign.schema import Config
 
 TINY = Path(__file__).parent.parent / "longalign" / "assets" / "tiny"
-WORDS = "the quiet lantern near mill keeps amber falcon golden river what is of".split()
+WORDS = ["the", "quiet", "lantern", "near", "mill", "keeps", "amber", "falcon", "golden", "river", "what", "is", "of"]
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
@@ -62,6 +62,17 @@ def conversation(n_words: int, n_answer: int, salt: int) -> dict[str, Any]:
     }
 
 
+def filling(n_tokens: int) -> dict[str, Any]:
+    """A conversation of exactly so many tokens under longalign-llama."""
+    from transformers import AutoTokenizer
+
+    from longalign.data.template import Template
+
+    template = Template("longalign-llama", AutoTokenizer.from_pretrained(TINY))
+    candidates = (conversation(n, 5, salt) for n in range(n_tokens) for salt in range(3))
+    return next(c for c in candidates if len(template.rows(c["messages"])[0].input_ids) == n_tokens)
+
+
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
@@ -89,13 +100,16 @@ def base_words(model_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory, base_words: list[str]) -> Path:
-    """27 samples of 10 to 100 tokens, one of which fills a pack of 128 exactly and one has a one-token answer."""
+    """27 samples of about 10 to 120 tokens, one of which fills a pack of 128 exactly."""
     from longalign.data.tokenize import tokenize
 
     root = tmp_path_factory.mktemp("data")
-    long = [conversation(40 + 5 * i, 3 + i, i) for i in range(8)] + [conversation(119, 5, 1)]
+    long = [conversation(30 + 4 * i, 3 + i, i) for i in range(8)] + [filling(128)]
     short = [conversation(4 + i, 1 + i % 5, 3 * i) for i in range(18)]
-    files = [f"long_file={write_jsonl(root / 'long.jsonl', long)}", f"short_file={write_jsonl(root / 'short.jsonl', short)}"]
+    files = [
+        f"long_file={write_jsonl(root / 'long.jsonl', long)}",
+        f"short_file={write_jsonl(root / 'short.jsonl', short)}",
+    ]
     tokenize(compose_config("tokenize", [*base_words, *files, f"data_dir={root / 'tokens'}"]))
     return root / "tokens"
 

@@ -52,10 +52,24 @@ def test_show_config_is_yaml_of_everything(tmp_path: Path) -> None:
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
-    words = [*base_words, f"data_dir={data_dir}", "cluster.processes=2", "strategy=packing", "strategy.packs_per_step=4"]
+    words = [
+        *base_words,
+        f"data_dir={data_dir}",
+        "cluster.processes=2",
+        "strategy=packing",
+        "strategy.packs_per_step=4",
+    ]
     done = longalign("train", *words, "strategy.window=77", "output_dir=run", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for said in ("longalign.train.worker", "steps", "packs", "tokens per step", "sdpa", "2 x cpu, ZeRO-1", "would be grouped"):
+    for said in (
+        "longalign.train.worker",
+        "steps",
+        "packs",
+        "tokens per step",
+        "sdpa",
+        "2 x cpu, ZeRO-1",
+        "would be grouped",
+    ):
         assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +101,9 @@ def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_di
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
-def test_data_of_another_tokenizer_is_refused(tmp_path: Path, base_words: list[str], data_dir: Path, model_dir: Path) -> None:
+def test_data_of_another_tokenizer_is_refused(
+    tmp_path: Path, base_words: list[str], data_dir: Path, model_dir: Path
+) -> None:
     import shutil
 
     other = tmp_path / "other"
@@ -96,7 +112,9 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, base_words: list[s
     vocabulary = state["model"]["vocab"]
     vocabulary[-1][0], vocabulary[-2][0] = vocabulary[-2][0], vocabulary[-1][0]
     (other / "tokenizer.json").write_text(json.dumps(state))
-    done = longalign("train", *base_words, f"model.path={other}", f"data_dir={data_dir}", "output_dir=run", cwd=tmp_path)
+    done = longalign(
+        "train", *base_words, f"model.path={other}", f"data_dir={data_dir}", "output_dir=run", cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "run `longalign tokenize` for this model" in done.stderr
 
@@ -111,7 +129,13 @@ def test_tokenize_reports_what_it_dropped(tmp_path: Path, base_words: list[str])
 
 def test_broken_worker_is_reported(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
     done = longalign(
-        "train", *base_words, f"data_dir={data_dir}", "output_dir=run", "+cluster.env.LOCAL_RANK=x", "cluster.env.WORLD_SIZE=x", cwd=tmp_path
+        "train",
+        *base_words,
+        f"data_dir={data_dir}",
+        "output_dir=run",
+        "+cluster.env.LOCAL_RANK=x",
+        "cluster.env.WORLD_SIZE=x",
+        cwd=tmp_path,
     )
     assert done.returncode == 1
     assert "rank 0 failed" in done.stderr
@@ -125,6 +149,11 @@ def test_completion() -> None:
 
 
 def test_shell_completion_is_wired(tmp_path: Path) -> None:
-    environment = {**os.environ, "_LONGALIGN_COMPLETE": "complete_bash", "COMP_WORDS": "longalign train strategy=so", "COMP_CWORD": "2"}
+    environment = {
+        **os.environ,
+        "_LONGALIGN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "longalign train strategy=so",
+        "COMP_CWORD": "2",
+    }
     done = longalign(cwd=tmp_path, env=environment)
     assert "strategy=sorted" in done.stdout

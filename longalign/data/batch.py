@@ -15,6 +15,7 @@ There is no padding and no attention mask: attention is block-diagonal by cu_seq
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ class Batch:
     n_target: torch.Tensor  # int64 [S]
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
 def concatenate(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Batch:

@@ -110,11 +110,11 @@ def best_fit(lengths: np.ndarray, max_length: int, order: np.ndarray, window: in
                 insort(rooms, (room_of[pack], pack))
         last = start + window >= len(order)
         waiting = []
-        for pack, room in zip(filled, room_of, strict=True):
+        for samples, room in zip(filled, room_of, strict=True):
             if room * 100 > max_length and not last:
-                waiting += pack
+                waiting += samples
             else:
-                packs.append(pack)
+                packs.append(samples)
     offsets = np.cumsum([0, *map(len, packs)])
     return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
 
@@ -127,17 +127,20 @@ def shuffle_packs(packs: Packs, rng: np.random.Generator) -> Packs:
     return Packs(packs.samples[np.repeat(packs.offsets[:-1][order], sizes) + within], offsets)
 
 
-def epoch_packs(lengths: np.ndarray, strategy: Strategy, max_length: int, seed: int, epoch: int) -> Packs:
-    """The packs of one epoch in training order; regrouped from (seed, epoch)."""
+def epoch_packs(
+    lengths: np.ndarray, strategy: Strategy, max_length: int, seed: int, epoch: int, shuffle: bool = True
+) -> Packs:
+    """The packs of one epoch in training order; regrouped from (seed, epoch). Without shuffle: in sample order."""
     rng = np.random.default_rng([seed, epoch])
-    if strategy.name == "naive":
-        return one_each(rng.permutation(len(lengths)))
     if strategy.name == "sorted":
         return one_each(sort_in_runs(lengths, strategy.group_size, rng))
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    if strategy.name == "naive":
+        return one_each(order)
     if strategy.packer == "next_fit":
         return next_fit(lengths, max_length, order)
-    return shuffle_packs(best_fit(lengths, max_length, order, strategy.window), rng)
+    packs = best_fit(lengths, max_length, order, strategy.window)
+    return shuffle_packs(packs, rng) if shuffle else packs
 
 
 def packs_per_step(strategy: Strategy) -> int:
@@ -186,6 +189,7 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         "strategy": config.strategy.model_dump(),
         "max_length": config.max_length,
         "seed": config.seed,
+        "shuffle": config.shuffle,
         "epochs": config.epochs,
     }
 
@@ -208,7 +212,7 @@ def group(config: Config, output: Path) -> dict[str, Any]:
     with fresh_folder(output, "plan.parquet", overwrite=True) as folder:
         with pq.ParquetWriter(folder / "plan.parquet", SCHEMA) as writer:
             for epoch in range(config.epochs):
-                packs = epoch_packs(lengths, config.strategy, config.max_length, config.seed, epoch)
+                packs = epoch_packs(lengths, config.strategy, config.max_length, config.seed, epoch, config.shuffle)
                 table = _table(packs, lengths, n_target, ids, cost, epoch, first_step, first_pack, rows_per_step)
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
                 epochs.append(_statistics(table, config))

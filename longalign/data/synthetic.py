@@ -109,7 +109,7 @@ def facts(split: Split, n: int, rng: random.Random) -> list[Fact]:
     whatever the seeds; the single words and the values are shared.
     """
     owners, values = set[str](), set[str]()
-    found = []
+    found: list[Fact] = []
     while len(found) < n:
         owner = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
         value = f"{rng.choice(MATERIALS)} {rng.choice(OBJECTS)}"
@@ -161,7 +161,8 @@ def document(
     room = n_tokens - sum(map(length, statements))
     if room < 0:
         raise ValueError(f"{len(statements)} statements do not fit in {n_tokens} tokens")
-    sentences, breaks = [], []
+    sentences: list[str] = []
+    breaks: list[str] = []
     for sentence in filler(rng):
         starts_paragraph = bool(sentences) and rng.random() < 0.15
         room -= length(sentence) + starts_paragraph
@@ -206,9 +207,7 @@ def conversations(
         yield {"messages": messages}
 
 
-def _long_task(
-    split: Split, rng: random.Random, min_tokens: int, max_tokens: int
-) -> tuple[str, list[tuple[str, str]]]:
+def _long_task(split: Split, rng: random.Random, min_tokens: int, max_tokens: int) -> tuple[str, list[tuple[str, str]]]:
     hidden = facts(split, rng.randint(MIN_FACTS, MAX_FACTS), rng)
     # one sentence of slack keeps the document, which may be a little shorter than asked, in range
     size = _log_uniform(min(min_tokens + 20, max_tokens), max_tokens, rng)
@@ -246,35 +245,44 @@ def _short_task(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def base_texts(
-    n: int, seed: int, max_tokens: int = 2048, min_tokens: int = 32, kind: Literal["lists", "mixed"] = "mixed"
-) -> Iterator[dict]:
-    """`n` texts, each `{"text": ...}`, that teach a model to read: what stood before comes again.
+def base_texts(n_tokens: int, seed: int, max_tokens: int = 2048) -> Iterator[dict]:
+    """Texts, each `{"text": ...}`, of `n_tokens` tokens together, that teach a model to read: what stood before
+    comes again. Their order is a curriculum, to be trained on without shuffling.
 
-    "lists" are lists of distinct words, over and over: from random weights, short ones teach to find
-    the word after an earlier occurrence. "mixed" comes after that and teaches to tell occurrences
-    apart by more than one word: lists and phrases in which words recur, and (half of the texts)
-    documents whose facts, of the train split, stand there three times. Lengths are log-uniform.
-    Raises ValueError if a document is to be shorter than three statements, about 32 tokens.
+    First short lists of distinct words over and over (find the word after an earlier occurrence), then lists in
+    which words recur (tell occurrences apart by more than one word), then phrases in changing order and documents
+    whose facts, of the train split, stand there three times. Lengths grow up to `max_tokens`.
     """
-    rng = random.Random(f"base {kind} {seed}")
-    for _ in range(n):
-        size = _log_uniform(min_tokens, max_tokens, rng)
-        if kind == "lists":
-            text = _list(size, rng, distinct=True)
-        elif rng.random() < 0.5:
-            text = _restated(size, rng)
-        else:
-            text = _phrases(size, rng) if rng.random() < 0.5 else _list(size, rng, distinct=False)
+    rng = random.Random(f"base {seed}")
+    done = 0
+    while done < n_tokens:
+        text = _base_text(done / n_tokens, max_tokens, rng)
+        done += length(text)
         yield {"text": text}
 
 
-def _list(size: int, rng: random.Random, distinct: bool) -> str:
-    period = min(_log_uniform(4, size // 2, rng), len(WORDS))
-    pool = rng.sample(WORDS, max(4, period * _log_uniform(10, 100, rng) // 100))
-    words = rng.sample(WORDS, period) if distinct else rng.choices(pool, k=period)
-    # the leading space makes the first word the same token as later on
-    return " " + " ".join((words * (size // period + 1))[:size])
+def _base_text(progress: float, max_tokens: int, rng: random.Random) -> str:
+    """One text of the curriculum at `progress` from 0 to 1."""
+    longest = 64 + (max_tokens - 64) * min(1, max(0, 2 * (progress - 0.1)))
+    size, kind = _log_uniform(32, round(longest), rng), rng.random()
+    if progress < 0.12:
+        return _list(size, 16, distinct=True, rng=rng)
+    if progress < 0.3:
+        return _list(size, 64, distinct=kind < 0.4, rng=rng)
+    if kind < 0.2:
+        return _list(size, 256, distinct=False, rng=rng)
+    return _phrases(size, rng) if kind < 0.45 else _restated(size, rng)
+
+
+def _list(size: int, longest: int, distinct: bool, rng: random.Random) -> str:
+    """A list of at most `longest` random words, over and over."""
+    if distinct:
+        words = rng.sample(WORDS, _log_uniform(4, max(5, min(longest, size // 3)), rng))
+    else:
+        period = _log_uniform(8, max(9, min(longest, size // 2)), rng)
+        pool = rng.sample(WORDS, max(4, period // rng.choice([1, 1, 2, 4])))
+        words = rng.choices(pool, k=period) if len(pool) < period else pool
+    return "You said: " + " ".join((words * (size // len(words) + 1))[: size - 3])
 
 
 def _restated(size: int, rng: random.Random) -> str:
@@ -298,7 +306,7 @@ def _phrases(size: int, rng: random.Random) -> str:
         phrases.append(" ".join(phrase))
         total += len(phrase)
     words = " ".join(phrase for _ in range(3) for phrase in rng.sample(phrases, len(phrases))).split()
-    return " " + " ".join(words[:size])
+    return "You said: " + " ".join(words[: size - 3])
 
 
 def _log_uniform(low: int, high: int, rng: random.Random) -> int:

@@ -1,8 +1,8 @@
 """Raw files -> one Arrow table of token ids, with a manifest that accounts for every sample.
 
-    1. encode   every record of every file -> rows (input_ids, labels), by several processes, in file order
-    2. mix      long rows chosen by datanum + all short rows, in one seeded order
-    3. write    Arrow, manifest.json, dropped.jsonl; moved into place when whole
+1. encode   every record of every file -> rows (input_ids, labels), by several processes, in file order
+2. mix      long rows chosen by datanum + all short rows, in one seeded order
+3. write    Arrow, manifest.json, dropped.jsonl; moved into place when whole
 """
 
 from __future__ import annotations
@@ -200,15 +200,15 @@ def stem(file: str) -> str:
     return Path(file).name.split(".json")[0].removesuffix(".parquet")
 
 
-def choose(n_long: int, n_short: int, wanted: int | None, seed: int) -> list[tuple[bool, int]]:
+def choose(n_long: int, n_short: int, wanted: int | None, seed: int, shuffle: bool = True) -> list[tuple[bool, int]]:
     """The mixed order: (is_long, row) of `wanted` long rows (all if None) and every short row.
 
-    The long rows of a smaller datanum are among those of a larger one.
+    The long rows of a smaller datanum are among those of a larger one. Without shuffle: file order, long first.
     """
     rng = np.random.default_rng(seed)
-    long_rows = rng.permutation(n_long)[:wanted]
+    long_rows = np.sort(rng.permutation(n_long)[:wanted])
     mixed = [(True, int(i)) for i in long_rows] + [(False, i) for i in range(n_short)]
-    return [mixed[i] for i in rng.permutation(len(mixed))]
+    return [mixed[i] for i in rng.permutation(len(mixed))] if shuffle else mixed
 
 
 # -- 3. write -------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def write_arrow(folder: Path, order: Iterable[tuple[bool, int]], stages: dict[bo
             flush(first)
     fingerprint = digest.hexdigest()[:16]
     DatasetInfo(features=FEATURES).write_to_directory(str(folder))
-    state = {"_data_files": [{"filename": name}], "_fingerprint": fingerprint, "_split": None}
+    state: dict[str, Any] = {"_data_files": [{"filename": name}], "_fingerprint": fingerprint, "_split": None}
     state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
     write_json(folder / "state.json", state)
     return fingerprint
@@ -318,7 +318,8 @@ def tokenize(config: Config) -> dict[str, Any]:
                         bar.advance(1)
         for stage in stages.values():
             stage.open()
-        order = choose(stages[True].count, stages[False].count, config.datanum.n_long, config.seed)
+        counts = stages[True].count, stages[False].count
+        order = choose(*counts, config.datanum.n_long, config.seed, config.shuffle)
         if not order:
             reasons = sum((ledger.dropped for ledger in ledgers.values()), Counter())
             said = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5)) or "the files are empty"

@@ -22,8 +22,7 @@ class Generator:
         self.device = resolve_device(config)
         self.template = Template(template_name(config), load_tokenizer(config))
         self.tokenizer = self.template.tokenizer
-        model = load_model(config, resolve_dtype(config, self.device))
-        self.model: Any = model.to(self.device).eval()
+        self.model = load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
         text_config = self.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.seed, self.temperature = config.seed, config.temperature
@@ -48,9 +47,9 @@ class Generator:
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         torch.manual_seed(self.seed)
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        if not self.temperature:  # else transformers warns of settings that a model's own generation_config carries
-            sampling |= {"temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
+        if not self.temperature:  # None, lest transformers warn of what a model's own generation_config carries
+            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         out = self.model.generate(
             ids,
             attention_mask=mask,
@@ -70,9 +69,7 @@ class Generator:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def answers(
-        self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int
-    ) -> Iterator[tuple[int, str]]:
+    def answers(self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[tuple[int, str]]:
         """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         while order:

@@ -8,6 +8,7 @@ Shapes: T tokens of the pack, H query heads, K key-value heads (K divides H), D 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -53,12 +54,13 @@ def packed_attention(
         groups = q_THD.shape[1] // k_TKD.shape[1]
         if groups > 1:  # torch 2.11 has no grouped-query argument
             k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
-        return varlen_attn(
-            q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
-        )
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        out_THD = varlen_attn(q_THD, k_TKD, v_TKD, *bounds, scale=scale, window_size=(-1, 0))
+        assert isinstance(out_THD, torch.Tensor)
+        return out_THD
     out = []
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    places = cu_seqlens.tolist()
+    for start, stop in pairwise(places):
         q_HSD, k_KSD, v_KSD = (x[start:stop].transpose(0, 1) for x in (q_THD, k_TKD, v_TKD))
         o_HSD = F.scaled_dot_product_attention(
             q_HSD[None], k_KSD[None], v_KSD[None], is_causal=True, scale=scale, enable_gqa=True
@@ -67,9 +69,9 @@ def packed_attention(
     return torch.cat(out)
 
 
-def install(model: torch.nn.Module, backend: Backend) -> None:
+def install(model: Any, backend: Backend) -> None:
     """Make a transformers model use `packed_attention`. Raises UserError for models it would be wrong for."""
-    config = model.config.get_text_config()  # type: ignore[union-attr]
+    config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UserError(
             f"the model attends within a sliding window of {config.sliding_window} tokens, which packed attention "
@@ -99,4 +101,4 @@ def install(model: torch.nn.Module, backend: Backend) -> None:
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    model.set_attn_implementation(NAME)

@@ -29,7 +29,9 @@ def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
         return kind.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path, **kwargs)
     except (OSError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise UserError(f"{setting}={path} cannot be loaded: {first.rstrip('.')}; give a folder or a hub name") from None
+        raise UserError(
+            f"{setting}={path} cannot be loaded: {first.rstrip('.')}; give a folder or a hub name"
+        ) from None
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -89,7 +91,7 @@ def resolve_dtype(config: Config, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
 
 
-def load_model(config: Config, dtype: torch.dtype) -> torch.nn.Module:
+def load_model(config: Config, dtype: torch.dtype) -> Any:
     """The causal language model on the CPU in `dtype`, with rotary frequencies checked. Raises UserError.
 
     init_from replaces the weights of model.path; model.init=random draws them from the seed instead.

@@ -15,7 +15,7 @@ micro-step of one node, which is another loss under gradient accumulation or on 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +72,17 @@ def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Module, targets_N: t
 class WeightedLoss(torch.nn.Module):
     """A causal language model and its loss as one module, so that ZeRO-3 gathers every weight inside forward."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model = model  # a transformers model: its decoder is .model, its output projection .lm_head
 
     def forward(self, batch: Batch, weights_N3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's share of the step's loss (float32 scalar), and of (loss, loss_sequence, loss_token), detached.
 
         Only hidden states that predict a target go through lm_head: in long-document tuning about one in twenty.
         """
-        hidden_TD = self.model.model(  # the decoder without its lm_head
+        model: Any = self.model
+        hidden_TD = model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -90,6 +91,6 @@ class WeightedLoss(torch.nn.Module):
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
         ).last_hidden_state[0]
-        losses_N = token_losses(hidden_TD[batch.target_rows], self.model.lm_head, batch.target_ids)
+        losses_N = token_losses(hidden_TD[batch.target_rows], model.lm_head, batch.target_ids)
         shares = losses_N @ weights_N3
         return shares[0], shares.detach()

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, the newest kept, refused when cut short.
 
-    checkpoints/step-000200/   checkpoint.json   step, world size, ZeRO stage, plan, and the size of every file
-                               state/            what DeepSpeed saves: weights, optimizer states
+checkpoints/step-000200/   checkpoint.json   step, world size, ZeRO stage, plan, and the size of every file
+                           state/            what DeepSpeed saves: weights, optimizer states
 """
 
 from __future__ import annotations

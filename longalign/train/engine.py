@@ -61,7 +61,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for biases and norms. By name: ZeRO-3 has flattened the shapes."""
-    plain, decayed = [], []
+    plain: list[torch.nn.Parameter] = []
+    decayed: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if name.endswith("bias") or "norm" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -81,7 +82,7 @@ def build_engine(config: Config, ranks: int) -> Any:
     model = load_model(config, dtype)
     attention.install(model, attention.choose_backend(config.model.attention, device)[0])
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     groups = parameter_groups(model, config.weight_decay)
     if config.cluster.offload_optimizer:
@@ -94,7 +95,9 @@ def build_engine(config: Config, ranks: int) -> Any:
     del zero3
 
     def clip() -> None:  # without ZeRO and in float32, DeepSpeed clips but forgets the norm it measured
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), settings["gradient_clipping"])
+        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(
+            engine.module.parameters(), settings["gradient_clipping"]
+        )
 
     engine.clip_fp32_gradients = clip
     return engine

@@ -14,7 +14,10 @@ import zstandard
 from longalign.data.messages import BadSample, conversation, expand, merge_system, read, understand
 from longalign.errors import UserError
 
-SAMPLES = [{"messages": [{"role": "user", "content": f"q{i} 你好"}, {"role": "assistant", "content": f"a{i}"}]} for i in range(5)]
+SAMPLES = [
+    {"messages": [{"role": "user", "content": f"q{i} 你好"}, {"role": "assistant", "content": f"a{i}"}]}
+    for i in range(5)
+]
 
 
 def write(path: Path) -> Path:

@@ -56,6 +56,13 @@ def test_seed_and_epoch_decide(chosen: Strategy) -> None:
     assert make(1, 0) != make(1, 1)
 
 
+def test_without_shuffle_samples_keep_their_order() -> None:
+    for chosen in (strategy("naive"), strategy("packing", packer="next_fit")):
+        assert epoch_packs(MIX, chosen, 65536, 0, 0, shuffle=False).samples.tolist() == list(range(len(MIX)))
+    near = epoch_packs(MIX, strategy("packing", window=100), 65536, 0, 0, shuffle=False).samples
+    assert np.abs(near - np.arange(len(MIX))).mean() < 200, "packs stay near their place"
+
+
 def test_next_fit_allows_an_exact_fill_and_keeps_the_last_pack() -> None:
     packs = next_fit(np.array([3, 5, 4, 8, 1]), 8, np.arange(5))
     assert packs.offsets.tolist() == [0, 2, 3, 4, 5]
@@ -124,7 +131,9 @@ def test_plan_of_other_data_is_refused(tmp_path: Path, run_config: Callable[...,
         Plan(tmp_path / "plan", {"fingerprint": "another"})
 
 
-def test_samples_without_target_stay_out(tmp_path: Path, run_config: Callable[..., Config], base_words: list[str]) -> None:
+def test_samples_without_target_stay_out(
+    tmp_path: Path, run_config: Callable[..., Config], base_words: list[str]
+) -> None:
     from longalign.config import compose_config
     from longalign.data.tokenize import tokenize
 

@@ -26,7 +26,6 @@ FORGETFUL = (
 def tokenizer(jinja: str | None = None):
     made = AutoTokenizer.from_pretrained(TINY)
     if jinja:
-        made.split_special_tokens = False  # the bundled tokenizer reads special tokens in text as text
         made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         made.chat_template = jinja
     return made
@@ -53,7 +52,10 @@ def test_llama_layout_spelled_out() -> None:
     ids = lambda text: made(text, add_special_tokens=False)["input_ids"]
     bos, eos = made.bos_token_id, made.eos_token_id
     q1, a1, q2, a2 = ids("[INST]what[/INST]"), ids("the river"), ids("\n\n[INST]is[/INST]"), ids("golden")
-    messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["what", "the river", "is", "golden"], strict=True)]
+    messages = [
+        {"role": r, "content": c}
+        for r, c in zip(["user", "assistant"] * 2, ["what", "the river", "is", "golden"], strict=True)
+    ]
     (row,) = Template("longalign-llama", made).rows(messages)
     assert row.input_ids == [bos, *q1, *a1, *q2, *a2, eos]
     assert row.labels == [IGNORE] * (1 + len(q1)) + a1 + [eos] + [IGNORE] * (len(q2) - 1) + a2 + [eos]

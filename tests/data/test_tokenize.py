@@ -87,6 +87,9 @@ def test_datanum_is_seeded_and_nested() -> None:
     assert longs(10, 1) != longs(10, 2)
     assert choose(50, 20, 10, 1) == choose(50, 20, 10, 1)
     assert len(longs(None, 1)) == 50
+    unshuffled = choose(50, 3, 10, 1, shuffle=False)
+    assert unshuffled == sorted(unshuffled, key=lambda chosen: (not chosen[0], chosen[1]))
+    assert {row for is_long, row in unshuffled if is_long} == longs(10, 1)
     assert len(choose(50, 20, 0, 1)) == 20
 
 
@@ -121,7 +124,9 @@ def test_text_template_makes_every_token_a_target(tmp_path: Path, base_words: li
     assert manifest["ledger"]["text"]["dropped"] == {'no "text"': 1}
 
 
-def test_full_disk_leaves_nothing_behind(tmp_path: Path, base_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing_behind(
+    tmp_path: Path, base_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     from longalign.data import tokenize as module

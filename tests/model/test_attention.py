@@ -113,5 +113,3 @@ def test_varlen_equals_sdpa_on_a_gpu(kv_heads: int) -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() / b.norm() < 1e-2
-
-

@@ -41,9 +41,7 @@ def reference_losses(config: Config) -> dict[str, float]:
             ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             with torch.no_grad():
                 logits = model(input_ids=ids[None]).logits[0]
-            losses = torch.nn.functional.cross_entropy(
-                logits[:-1], labels[1:], ignore_index=IGNORE, reduction="none"
-            )
+            losses = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="none")
             n = int((labels != IGNORE).sum())
             sequences.append(float(losses.sum()) / n)
             in_pack, targets_in_pack = in_pack + float(losses.sum()), targets_in_pack + n
@@ -61,7 +59,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_config: Callable[..., Con
     one.append(run_config(root / "micro-1", *STRATEGIES["packing"], *COMMON, "cluster.packs_per_micro_step=4"))
     two = [run_config(root / f"{name}-2", *words, *COMMON, "cluster.processes=2") for name, words in STRATEGIES.items()]
     two += [
-        run_config(root / f"zero{stage}-2", *STRATEGIES["packing"], *COMMON, "cluster.processes=2", f"cluster.zero_stage={stage}")
+        run_config(
+            root / f"zero{stage}-2",
+            *STRATEGIES["packing"],
+            *COMMON,
+            "cluster.processes=2",
+            f"cluster.zero_stage={stage}",
+        )
         for stage in (0, 2, 3)
     ]
     assert launch_all(one, root) == 0

@@ -94,7 +94,9 @@ def test_exported_model_is_plain_transformers(whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_and_resumes_exactly(number: int, code: int, tmp_path: Path, words: list[str], whole: Path) -> None:
+def test_signal_saves_and_resumes_exactly(
+    number: int, code: int, tmp_path: Path, words: list[str], whole: Path
+) -> None:
     process = start(words, tmp_path)
     wait_for_step(tmp_path / "run", 7)
     process.send_signal(number)
@@ -147,7 +149,11 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, words: list[str], who
     twice = longalign("train", *words, "output_dir=run", cwd=tmp_path)
     assert twice.returncode == 2
     assert "resume=auto continues it, overwrite=true starts it over" in twice.stderr
-    for change, said in (("cluster.processes=1", "another processes"), ("cluster.zero_stage=1", "another zero_stage"), ("seed=8", "another plan")):
+    for change, said in (
+        ("cluster.processes=1", "another processes"),
+        ("cluster.zero_stage=1", "another zero_stage"),
+        ("seed=8", "another plan"),
+    ):
         done = longalign("train", *words, "output_dir=run", "resume=auto", change, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert said in done.stderr

@@ -1,13 +1,13 @@
 """Builds the tokenizer of the tiny model: `python longalign/assets/tiny/make_tokenizer.py`.
 
 The vocabulary is the 256 bytes, the words of the synthetic world and a few special tokens. Any text
-can be encoded without loss; text that looks like a special token stays text.
+can be encoded without loss.
 """
 
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from longalign.data import synthetic
 
@@ -34,6 +34,8 @@ def build() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     return tokenizer
 
 
@@ -45,7 +47,6 @@ def main() -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 4096,
     }
