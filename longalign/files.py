@@ -10,11 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from longalign import __version__
 from longalign.errors import UserError
 
 
@@ -106,6 +108,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Version numbers to record beside results: longalign's own and those of installed packages."""
+    return {"longalign": __version__, **{name: version(name) for name in packages}}
 
 
 def read_json(path: Path) -> Any:

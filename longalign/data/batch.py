@@ -14,8 +14,8 @@ There is no padding and no attention mask: attention is block-diagonal by cu_seq
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,11 @@ class Batch:
     n_target: torch.Tensor  # int64 [S]
 
     def to(self, device: torch.device | str) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        moved = copy.copy(self)
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), torch.Tensor):
+                setattr(moved, field.name, value.to(device))
+        return moved
 
 
 def concatenate(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Batch:

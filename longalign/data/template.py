@@ -188,7 +188,7 @@ class Template:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     def _assemble(self, segments: list[Segment], eos_after_answer: bool = False) -> Row:
         eos = self.tokenizer.eos_token_id

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +28,7 @@ from datasets import Dataset, DatasetInfo, Features, List, Value
 from longalign.data.messages import BadSample, Raw, conversation, expand, read, understand
 from longalign.data.template import Template, truncate
 from longalign.errors import UserError
-from longalign.files import fresh_folder, require_disk, write_json
+from longalign.files import fresh_folder, require_disk, versions, write_json
 from longalign.model.load import load_config, load_tokenizer, template_name, tokenizer_hash
 from longalign.progress import Bar
 from longalign.schema import Config
@@ -346,7 +345,7 @@ def tokenize(config: Config) -> dict[str, Any]:
             "seed": config.seed,
             "files": {str(f): f.stat().st_size for group in files.values() for f in group},
             "model_shape": load_config(config, shape_only=True),
-            "versions": {p: version(p) for p in ("longalign", "transformers", "tokenizers", "datasets")},
+            "versions": versions("transformers", "tokenizers", "datasets"),
             "ledger": {source: ledger.as_dict() for source, ledger in ledgers.items()},
         }
         write_json(folder / "manifest.json", manifest)

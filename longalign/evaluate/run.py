@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from longalign.evaluate import needle
 from longalign.evaluate.generate import Generator
 from longalign.evaluate.report import needle_heatmap, needle_table
-from longalign.files import fresh_folder, write_json
+from longalign.files import fresh_folder, versions, write_json
 from longalign.progress import console
 from longalign.schema import Config
 
@@ -33,7 +32,7 @@ def run(config: Config, dry_run: bool) -> int:
             "template": generator.template.name,
             "seed": config.seed,
             "temperature": config.temperature,
-            "versions": {name: version(name) for name in ("longalign", "transformers", "torch")},
+            "versions": versions("transformers", "torch"),
             "tasks": {},
         }
         if task:
