@@ -76,7 +76,7 @@ class Job:
         record: dict[str, Any] = {"run": int(hydra.job.num), "overrides": swept, "output_dir": None, "exit_code": 1}
         try:
             config = own_folder(validate(composed), self.command, swept, self.fixed)
-            record["output_dir"] = config.output_dir
+            record["output_dir"] = str(Path(config.output_dir or "").absolute())
             console.rule(f"{self.command} {' '.join(swept)}")
             from longalign import commands
 

@@ -56,7 +56,8 @@ def template_name(config: Config) -> str:
     if config.template != "auto":
         return config.template
     record = Path(config.model.path) / RECORD
-    return read_json(record)["template"] if record.is_file() else config.model.template
+    recorded = read_json(record)["template"] if record.is_file() else "text"
+    return config.model.template if recorded == "text" else recorded  # a base is yet to learn a template
 
 
 def load_config(config: Config, shape_only: bool = False) -> Any:
