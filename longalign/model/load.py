@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from longalign.errors import UserError
 from longalign.files import read_json
 from longalign.model.cost import shape_of
-from longalign.model.rope import check_inv_freq, set_theta
+from longalign.model.rope import check_inv_freq, restore_inv_freq, set_theta
 from longalign.progress import console
 from longalign.schema import Config
 
@@ -106,5 +106,6 @@ def load_model(config: Config, dtype: torch.dtype) -> Any:
     else:
         setting, path = ("init_from", config.init_from) if config.init_from else ("model.path", config.model.path)
         model = _load(AutoModelForCausalLM, str(path), setting, config=hf, dtype=dtype)
+    restore_inv_freq(model)
     check_inv_freq(model, config.model.rope.theta)
     return model

@@ -22,6 +22,17 @@ def set_theta(config: Any, theta: float | None) -> None:
     parameters["rope_theta"] = float(theta)
 
 
+def restore_inv_freq(model: torch.nn.Module) -> None:
+    """Rebuild rotary frequencies that lost precision: ZeRO-3's sharded loading makes every buffer in bfloat16."""
+    for module in model.modules():
+        inv_freq = getattr(module, "inv_freq", None)
+        if isinstance(inv_freq, torch.Tensor) and inv_freq.dtype != torch.float32:
+            fresh = type(module)(module.config)  # type: ignore[call-arg]
+            for name in ("inv_freq", "original_inv_freq"):
+                if isinstance(getattr(fresh, name, None), torch.Tensor):
+                    setattr(module, name, getattr(fresh, name).to(inv_freq.device))
+
+
 def check_inv_freq(model: torch.nn.Module, theta: float | None) -> None:
     """Assert that every rotary module uses the configured base in float32.
 

@@ -26,7 +26,7 @@ from longalign.data.batch import Batch, load_batch
 from longalign.data.plan import Pack, Plan, deal, read_data
 from longalign.errors import UserError
 from longalign.model.loss import Average, StepTotals, batch_weights
-from longalign.model.rope import check_inv_freq
+from longalign.model.rope import check_inv_freq, restore_inv_freq
 from longalign.progress import Bar
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -87,6 +87,7 @@ def train(config: Config) -> None:
     plan = Plan(run / "plan", data)
     n_steps = min(plan.n_steps, config.max_steps or plan.n_steps)
     engine = build_engine(config, dist.get_world_size())
+    restore_inv_freq(engine.module)
     check_inv_freq(engine.module, config.model.rope.theta)
 
     about = checkpoint.needs(config, plan.manifest["identity"])
