@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo tiny-base test check format clean
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
@@ -22,6 +22,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## a small model learns to answer from long documents (two cores, a few minutes)
 	$(BIN)/python scripts/demo.py
+
+tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); about 9 minutes on one core
+	$(LONGALIGN) prepare experiment=tiny_base output_dir=data/tiny_base/raw overwrite=true
+	$(LONGALIGN) tokenize experiment=tiny_base overwrite=true
+	$(LONGALIGN) train experiment=tiny_base output_dir=runs/tiny_base overwrite=true
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest

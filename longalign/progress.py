@@ -30,7 +30,7 @@ class Bar:
         self.live = console.is_terminal and not quiet
         self.quiet = quiet
         self.start, self.first = time.monotonic(), done
-        self.last_line = self.start
+        self.last_line, self.done_then = self.start, done
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -49,7 +49,7 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self.progress.stop()
-        if not self.live and not self.quiet and kind is None and self.done > self.first:
+        if not self.live and not self.quiet and kind is None and self.done > self.done_then:
             self._line()
 
     @property
@@ -65,7 +65,7 @@ class Bar:
             self._line()
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
+        self.last_line, self.done_then = time.monotonic(), self.done
         total = f"/{self.total:,}" if self.total else ""
         left = f", {clock((self.total - self.done) / self.rate)} left" if self.total and self.rate else ""
         note = f", {self.note}" if self.note else ""

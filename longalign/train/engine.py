@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 from typing import Any
@@ -91,7 +93,8 @@ def build_engine(config: Config, ranks: int) -> Any:
         optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device == "cuda")
-    engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
+        engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
     del zero3
 
     def clip() -> None:  # without ZeRO and in float32, DeepSpeed clips but forgets the norm it measured

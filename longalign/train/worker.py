@@ -155,6 +155,7 @@ def _quiet() -> None:
     The extension would be compiled on a CPU's first run for a minute; gloo serves.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     transformers_logging.disable_progress_bar()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
