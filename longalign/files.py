@@ -34,12 +34,17 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
     """A full disk or a forbidden folder is the user's to mend: say so in one message."""
     try:
         yield
-    except OSError as error:
-        # Libraries wrap ENOSPC in their own OSError subclasses, often without the number.
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"the disk is full: writing {path} failed; free some room or change {setting}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise UserError(f"cannot write {path}: {error.strerror}; change {setting}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        # torch and safetensors report a failed write in exceptions of their own, without the number
+        words = ("No space left", "File too large", "PytorchStreamWriter", "unexpected pos")
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(word in str(error) for word in words):
+            said = f"the disk (or a quota) is full: writing {path} failed"
+            raise UserError(f"{said}; free some room or change {setting}") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write {path}: {error}; change {setting}") from error
         raise
 
 

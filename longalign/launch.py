@@ -271,12 +271,14 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
     if failed is None:
         return 0
     code = workers[failed].returncode
-    if code != 2:
-        tail = (logs / f"rank-{failed}.log").read_text(errors="replace")[-4000:] if failed else ""
+    if failed:  # rank 0 has written to the terminal already
+        tail = (logs / f"rank-{failed}.log").read_text(errors="replace")[-4000:]
         console.print(tail, markup=False, highlight=False)
-        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-        console.print(f"[red]rank {failed} failed with {cause}[/]; resume=auto continues from the last checkpoint")
-    return 2 if code == 2 else 1
+    if code == 2:
+        return 2
+    cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+    console.print(f"[red]rank {failed} failed with {cause}[/]; resume=auto continues from the last checkpoint")
+    return 1
 
 
 def _end(workers: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:

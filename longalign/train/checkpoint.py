@@ -31,20 +31,24 @@ def save(engine: Any, folder: Path, step: int, keep_last: int, about: dict[str, 
     """
     final, partial = folder / name(step), folder / f".{name(step)}.partial"
     first = dist.get_rank() == 0
-    with disk_errors(final, "output_dir"):
-        if first:
+    try:
+        with disk_errors(final, "output_dir"):
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            engine.save_checkpoint(str(partial), tag="state", save_latest=False)
+            dist.barrier()
+            if first:
+                files = {str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()}
+                write_json(partial / RECORD, {"step": step, **about, "files": files})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                for old in complete(folder)[:-keep_last]:
+                    shutil.rmtree(old)
+    finally:
+        if first:  # after a failure; a whole checkpoint has been renamed
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(partial), tag="state", save_latest=False)
-        dist.barrier()
-        if first:
-            files = {str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()}
-            write_json(partial / RECORD, {"step": step, **about, "files": files})
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in complete(folder)[:-keep_last]:
-                shutil.rmtree(old)
     dist.barrier()
     return final
 

@@ -1,0 +1,92 @@
+"""Folders appear whole or not at all; what is in the way or too big is refused with advice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longalign.errors import UserError
+from longalign.files import fresh_folder, human, require_disk, write_text
+from longalign.launch import memory_needs
+from longalign.schema import Config
+
+
+def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with fresh_folder(target, "marker", overwrite=False) as folder:
+        (folder / "marker").write_text("first")
+    with pytest.raises(ZeroDivisionError), fresh_folder(target, "marker", overwrite=True) as folder:
+        (folder / "marker").write_text(str(1 // 0))
+    assert (target / "marker").read_text() == "first"
+    with fresh_folder(target, "marker", overwrite=True) as folder:
+        (folder / "marker").write_text("third")
+    assert (target / "marker").read_text() == "third"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    dead = tmp_path / "out.partial-999999999-abc"
+    dead.mkdir()
+    with fresh_folder(tmp_path / "out", "marker", overwrite=False) as folder:
+        (folder / "marker").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UserError, match="is a file"), fresh_folder(tmp_path / "out", "marker", overwrite=True):
+        pass
+    with (
+        pytest.raises(UserError, match="cannot write"),
+        fresh_folder(tmp_path / "out" / "sub", "marker", overwrite=True),
+    ):
+        pass
+
+
+def test_room(tmp_path: Path) -> None:
+    require_disk(tmp_path / "not" / "yet" / "there", 1000, "output_dir")
+    with pytest.raises(UserError, match=r"needs about 1\.0 EiB|needs about .* TiB but its disk has"):
+        require_disk(tmp_path, 2.0**60, "output_dir")
+    assert human(1536) == "1.5 KiB"
+
+
+def test_memory_of_the_papers_run(tmp_path: Path, run_config: Callable[..., Config]) -> None:
+    """7e9 parameters, ZeRO-3 on 8 GPUs in bf16: 18 bytes a parameter shared out, 12 of them offloaded."""
+    config = run_config(tmp_path, "cluster=8gpu")
+    device, host = memory_needs(config, 7_000_000_000)
+    assert device == pytest.approx(7e9 * (2 + 4) / 8)
+    assert host == pytest.approx(7e9 * 12)
+    config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_optimizer=false", "cluster.zero_stage=0")
+    assert memory_needs(config, 7_000_000_000) == (pytest.approx(7e9 * 18), 0)
+
+
+def test_write_text_replaces_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.slow
+def test_full_disk_while_training(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
+    """A limit on the size of files stands for a full disk: the checkpoint cannot be written, and nothing half-written stays."""
+    words = [
+        *base_words,
+        f"data_dir={data_dir}",
+        "output_dir=run",
+        "save_every=1",
+        "max_steps=2",
+        "strategy.packs_per_step=2",
+    ]
+    command = [str(Path(sys.executable).with_name("longalign")), "train", *words]
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command]  # blocks of 1 KiB
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "the disk (or a quota) is full" in done.stderr
+    assert "change output_dir" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
