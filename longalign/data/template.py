@@ -181,11 +181,16 @@ class Template:
     # -- ids --------------------------------------------------------------------------------------
 
     def _start(self) -> list[int]:
-        """What the tokenizer puts before a text: BOS for Llama, [gMASK] sop for ChatGLM."""
+        """What the tokenizer puts before a text: [gMASK] sop for ChatGLM; BOS, where it has one, for all others.
+
+        transformers >= 5 adds no BOS when a Llama tokenizer is read from `tokenizer.model` alone; its training had one.
+        """
         if self.name == "chat_template":  # a Jinja template writes its own
             return []
         ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        bos = self.tokenizer.bos_token_id
+        return ids or ([] if bos is None else [bos])
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
