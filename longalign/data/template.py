@@ -89,7 +89,7 @@ class Template:
 
     def text_row(self, text: str) -> Row:
         """Encode a document for continued training: every token a target, EOS at the end."""
-        ids = [*self._start(), *self._ids(text), self.tokenizer.eos_token_id]
+        ids = [*self._start(), *self._first_ids(text), self.tokenizer.eos_token_id]
         if len(ids) < 2:
             raise BadSample("no target")
         return Row(ids, [IGNORE, *ids[1:]])
@@ -192,16 +192,28 @@ class Template:
         bos = self.tokenizer.bos_token_id
         return ids or ([] if bos is None else [bos])
 
-    def _ids(self, text: str) -> list[int]:
+    def _first_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a segment within a conversation.
+
+        It is encoded behind a BOS, which is then taken off: at the start of a text a sentencepiece tokenizer would
+        add a space that is not there (Llama-2's; its `legacy` variant and ChatGLM's add one to every segment).
+        """
+        if not text:
+            return []
+        mark = self.tokenizer.bos_token or ""
+        ids = self.tokenizer(mark + text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids[1:] if mark else ids
 
     def _assemble(self, segments: list[Segment], eos_after_answer: bool = False) -> Row:
         eos = self.tokenizer.eos_token_id
-        ids, labels = self._start(), []
+        ids = self._start()
         labels = [IGNORE] * len(ids)
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
-        for segment in segments:
-            piece = self._ids(segment.text)
+        for place, segment in enumerate(segments):
+            piece = self._ids(segment.text) if place else self._first_ids(segment.text)
             piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
             if end_of_answer and piece_labels:
                 piece_labels[0] = eos
