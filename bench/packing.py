@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from longalign.data.plan import epoch_packs
+from longalign.data.packing import epoch_packs
 from longalign.schema import Strategy
 
 MAX_LENGTH = 65536

@@ -19,7 +19,8 @@ import psutil
 import torch
 
 from longalign.config import to_yaml
-from longalign.data.plan import Plan, group, identity, idle_share, is_fresh, prepare_plan, read_data
+from longalign.data.packing import idle_share
+from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, read_data
 from longalign.errors import UserError
 from longalign.files import human, read_json, require_disk, write_text
 from longalign.model import attention

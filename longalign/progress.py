@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+# A log file has no width: room enough for the tables, instead of rich's 80 columns.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 LOG_EVERY_S = 15.0
 
 

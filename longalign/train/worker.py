@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from longalign.config import load_frozen
 from longalign.data.batch import Batch, load_batch
-from longalign.data.plan import Pack, Plan, deal, read_data
+from longalign.data.packing import deal
+from longalign.data.plan import Pack, Plan, read_data
 from longalign.errors import UserError
 from longalign.model.loss import Average, StepTotals, batch_weights
 from longalign.model.rope import check_inv_freq, restore_inv_freq

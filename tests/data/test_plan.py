@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longalign.data import plan as planning
-from longalign.data.plan import Packs, Plan, best_fit, deal, epoch_packs, idle_share, next_fit, sort_in_runs
+from longalign.data.packing import Packs, best_fit, deal, epoch_packs, idle_share, next_fit, sort_in_runs
+from longalign.data.plan import Plan
 from longalign.errors import UserError
 from longalign.files import read_json, write_json
 from longalign.schema import Config, Strategy
