@@ -136,6 +136,6 @@ def test_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(module, "write_arrow", full)
     files = [f"long_file={write_jsonl(tmp_path / 'long.jsonl', [conversation(5, 3, 0)])}", "short_file=null"]
-    with pytest.raises(UserError, match="disk .* is full"):
+    with pytest.raises(UserError, match=r"disk .* is full"):
         run(base_words, tmp_path / "out", *files)
     assert [p.name for p in tmp_path.iterdir()] == ["long.jsonl"]
