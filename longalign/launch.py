@@ -1,4 +1,4 @@
-"""From a checked Config to worker processes: checks, run folder, plan, frozen config, signals, exit codes."""
+"""From a checked Config to worker processes: run folder, plan, frozen config, signals, exit codes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from longalign.config import to_yaml
 from longalign.data.packing import idle_share
-from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, read_data
+from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan
 from longalign.errors import UserError
-from longalign.files import human, read_json, require_disk, write_text
+from longalign.files import read_json, write_text
 from longalign.model import attention
-from longalign.model.load import load_config, load_tokenizer, resolve_device, resolve_dtype, tokenizer_hash
-from longalign.model.rope import context_warning
+from longalign.model.load import resolve_device, resolve_dtype
+from longalign.preflight import check_data, check_room, check_run_folder, count_parameters, warn
 from longalign.progress import console
 from longalign.schema import Config
 from longalign.train import checkpoint
-
-
-def warn(message: str) -> None:
-    console.print(f"[yellow]warning:[/] {message}", highlight=False)
-
 
 # -- what a run will be ---------------------------------------------------------------------------------
 
@@ -63,82 +57,6 @@ def resolve(config: Config) -> Config:
 
 def worker_command(run: Path) -> list[str]:
     return [sys.executable, "-m", "longalign.train.worker", str(run / "config.yaml")]
-
-
-def count_parameters(config: Config) -> int:
-    from transformers import AutoModelForCausalLM
-
-    hf = load_config(config)
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(hf).parameters())
-
-
-def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
-    """Bytes of (one device's, this host's) memory for weights, gradients and optimizer states; not activations.
-
-    fp32 master weights, gradients and two Adam moments make 16 bytes a parameter, the bf16 copy 2. ZeRO shards
-    them over ranks: optimizer states from stage 1 on, gradients from 2, weights from 3.
-    """
-    cluster, ranks = config.cluster, int(config.cluster.processes)
-    working = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8
-    shard = lambda from_stage: ranks if cluster.zero_stage >= from_stage else 1
-    weights, gradients = working * parameters / shard(3), 4 * parameters / shard(2)
-    optimizer = (8 + 4 * (working == 2)) * parameters / shard(1)
-    on_host = optimizer * cluster.offload_optimizer + weights * cluster.offload_param
-    device = weights + gradients + optimizer - on_host
-    return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
-
-
-def check_room(config: Config, run: Path) -> None:
-    """Raises UserError if disk or memory cannot hold what is about to run (preflight=false only warns)."""
-    parameters = count_parameters(config)
-    device, host = memory_needs(config, parameters)
-    checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
-    problems = []
-    try:
-        require_disk(run, checkpoints, "output_dir, or lower keep_last")
-    except UserError as error:
-        problems.append(str(error))
-    total = psutil.virtual_memory().total
-    if host > total:
-        problems.append(
-            f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
-            "use more machines, a higher cluster.zero_stage or a smaller model"
-        )
-    if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
-        problems.append(
-            f"weights, gradients and optimizer states need {human(device)} on each GPU, which has {human(have)}; "
-            "set cluster.zero_stage=3, cluster.offload_optimizer=true, or use more GPUs"
-        )
-    for problem in problems:
-        if config.preflight:
-            raise UserError(f"{problem} (preflight=false starts anyway)")
-        warn(problem)
-
-
-def check_data(config: Config) -> dict[str, Any]:
-    """The data's manifest. Raises UserError if another tokenizer made it; warns of what is allowed but doubtful."""
-    _, data = read_data(config.data_dir)
-    if tokenizer_hash(load_tokenizer(config)) != data["tokenizer_hash"]:
-        raise UserError(
-            f"data_dir={config.data_dir} was tokenised with {data['tokenizer']}, whose ids are not those of "
-            f"model.tokenizer={config.model.tokenizer}; run `longalign tokenize` for this model"
-        )
-    if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
-        warn(message)
-    return data
-
-
-def check_run_folder(run: Path, config: Config) -> None:
-    """Raises UserError if output_dir holds something this run must not touch."""
-    if run.is_file():
-        raise UserError(f"output_dir={run} is a file; give a folder")
-    if not run.is_dir() or not any(run.iterdir()):
-        return
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"output_dir={run} holds something else (no config.yaml in it); give another folder")
-    if config.resume == "none" and not config.overwrite:
-        raise UserError(f"output_dir={run} holds a run; resume=auto continues it, overwrite=true starts it over")
 
 
 def describe(config: Config, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:

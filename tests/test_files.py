@@ -11,7 +11,7 @@ import pytest
 
 from longalign.errors import UserError
 from longalign.files import fresh_folder, human, require_disk, write_text
-from longalign.launch import memory_needs
+from longalign.preflight import memory_needs
 from longalign.schema import Config
 
 
