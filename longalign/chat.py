@@ -21,8 +21,11 @@ def read_document(file: str) -> str:
         raise UserError(f"file={file} cannot be read as text: {error}") from None
 
 
-def answer(generator: Generator, messages: Messages, max_new_tokens: int) -> str:
-    """Write the answer to standard output as it comes, and return it. Raises UserError over the context."""
+def answer(generator: Generator, messages: Messages, max_new_tokens: int, stoppable: bool) -> str:
+    """Write the answer to standard output as it comes, and return it. Raises UserError over the context.
+
+    stoppable: Ctrl-C ends the answer, not the program.
+    """
     prompt = generator.prompt_ids(messages)
     generator.check_fits(prompt, max_new_tokens)
 
@@ -34,7 +37,7 @@ def answer(generator: Generator, messages: Messages, max_new_tokens: int) -> str
     try:
         generator.generate([prompt], max_new_tokens, stream)
     except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        if not stoppable:
             raise
     print()
     return generator.decode(stream.ids)
@@ -45,14 +48,14 @@ def chat(config: Config, dry_run: bool) -> int:
     document = read_document(config.file) if config.file else ""
     if dry_run:
         what = "one answer" if config.prompt is not None else "a session"
-        console.print(f"{what} from {config.model.path}, document of {len(document):,} characters", highlight=False)
+        console.print(f"{what} from {config.model.path}, document of {len(document):,} characters")
         return 0
     generator = Generator(config)
     with_document = lambda text: f"{document}\n\n{text}" if document else text
     if config.prompt is not None:
-        answer(generator, [{"role": "user", "content": with_document(config.prompt)}], config.max_new_tokens)
+        answer(generator, [{"role": "user", "content": with_document(config.prompt)}], config.max_new_tokens, False)
         return 0
-    console.print(f"[bold]{config.model.path}[/] {HELP}", highlight=False)
+    console.print(f"{config.model.path}. {HELP}")
     messages: Messages = []
     while True:
         try:
@@ -69,7 +72,9 @@ def chat(config: Config, dry_run: bool) -> int:
         elif text:
             messages.append({"role": "user", "content": text if messages else with_document(text)})
             try:
-                messages.append({"role": "assistant", "content": answer(generator, messages, config.max_new_tokens)})
+                messages.append(
+                    {"role": "assistant", "content": answer(generator, messages, config.max_new_tokens, True)}
+                )
             except UserError as error:
                 messages.pop()
-                console.print(f"error: {error}", style="red", highlight=False, markup=False)
+                console.print(f"error: {error}", style="red")

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from longalign.progress import console
+from longalign.progress import console, warn
 from longalign.schema import Config
 
 
@@ -17,10 +17,10 @@ def prepare(config: Config, dry_run: bool) -> int:
 
     if dry_run:
         for line in describe(config):
-            console.print(line, highlight=False)
+            console.print(line)
         return 0
     for file, count in prepare_synthetic(config).items():
-        console.print(f"{file}: {count:,} samples", highlight=False)
+        console.print(f"{file}: {count:,} samples")
     return 0
 
 
@@ -31,24 +31,19 @@ def tokenize(config: Config, dry_run: bool) -> int:
         files = module.sources(config)
         for is_long, group in files.items():
             for file in group:
-                console.print(
-                    f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)", highlight=False
-                )
+                console.print(f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)")
         processes = module.count_processes(config, files)
-        console.print(f"{processes} processes -> {config.output_dir}", highlight=False)
+        console.print(f"{processes} processes -> {config.output_dir}")
         return 0
     manifest = module.tokenize(config)
     console.print(ledger_table(manifest))
     wanted = config.datanum.n_long
-    if wanted is not None and manifest["long_samples"] < wanted:
-        console.print(
-            f"[yellow]warning:[/] datanum={config.datanum.name} asks for {wanted:,} long samples, "
-            f"long_file has {manifest['long_samples']:,} usable ones",
-            highlight=False,
-        )
+    if config.long_file and wanted is not None and manifest["long_samples"] < wanted:
+        have = f"long_file has {manifest['long_samples']:,} usable ones"
+        warn(f"datanum={config.datanum.name} asks for {wanted:,} long samples, {have}")
     dropped = sum(n for entry in manifest["ledger"].values() for n in entry["dropped"].values())
     if dropped:
-        console.print(f"{dropped:,} samples dropped, named in {config.output_dir}/dropped.jsonl", highlight=False)
+        console.print(f"{dropped:,} samples dropped, named in {config.output_dir}/dropped.jsonl")
     return 0
 
 
@@ -66,6 +61,7 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "rows not chosen by datanum": "rows_not_chosen",
         "rows cut to max_length": "truncated",
         "system put into user turn": "system_merged_into_user",
+        "unanswered last turn left out": "unanswered_last_turn_left_out",
         "tokens in": "tokens_in",
         "tokens kept": "tokens_kept",
         "targets in": "targets_in",

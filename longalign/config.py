@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -127,14 +127,20 @@ def quote(word: str, multirun: bool = False) -> str:
     if name in FREE_TEXT:
         if multirun and "," in value:
             return word
-        value = value.replace("${", "\\${")
-    else:
-        is_list = value.startswith("[") and value.endswith("]")
-        is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        is_sweep = multirun and ("," in value or value.endswith(")"))
-        if is_list or is_quoted or is_sweep:
-            return word
-    return f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}"
+        literal = QuotedString(text=value.replace("${", "\\${"), quote=Quote.double)
+        return f"{key}={literal.with_quotes()}"
+    in_list = list[str] in KEYS[name] and value.startswith("[") and value.endswith("]") and "]," not in value
+    if in_list:
+        return f"{key}=[{','.join(_quoted(item.strip()) for item in value[1:-1].split(',') if item.strip())}]"
+    is_sweep = multirun and ("," in value or value.endswith(")"))
+    return word if is_sweep else f"{key}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    """In double quotes, unless it is quoted already."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value
+    return QuotedString(text=value, quote=Quote.double).with_quotes()
 
 
 def parse(words: list[str], multirun: bool = False, config_dir: str | None = None) -> list[Override]:
@@ -161,6 +167,8 @@ def _check(override: Override, multirun: bool, known_groups: dict[str, list[str]
         return
     if key in known_groups:
         value = override.value()
+        if isinstance(value, Glob):  # strategy=glob(*): Hydra picks among what exists
+            return
         if override.is_sweep_override():
             values = list(getattr(value, "list", None) or override.sweep_string_iterator())
         else:
@@ -220,7 +228,16 @@ def validate(composed: DictConfig) -> Config:
             raise UserError(f"{missing} has no value: give it as {missing}=...") from None
         raise UserError(hydra_message(error)) from None
     assert isinstance(plain, dict)
-    return from_dict({str(k): v for k, v in plain.items() if k != "hydra"})
+    return from_dict({str(k): v if k in FREE_TEXT else _expand_home(v) for k, v in plain.items() if k != "hydra"})
+
+
+def _expand_home(value: Any) -> Any:
+    """`~/x` -> `/home/me/x`, in every text below `value`."""
+    if isinstance(value, dict):
+        return {k: _expand_home(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(v) for v in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def from_dict(plain: dict[str, Any]) -> Config:

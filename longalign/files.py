@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ def require_disk(path: Path, n_bytes: float, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def fresh_folder(path: Path, marker: str, overwrite: bool, setting: str = "output_dir") -> Iterator[Path]:
+def fresh_folder(path: Path, ours: tuple[str, ...], overwrite: bool, setting: str = "output_dir") -> Iterator[Path]:
     """Give a temporary folder beside `path` and move it into place when the block ends well.
 
-    `marker` is the file that tells a folder of ours: what holds it is replaced with overwrite=true, any other
-    folder with content is refused. Raises UserError for a folder that is in the way or a full disk.
+    `ours` are patterns of the names such a folder holds. With overwrite=true a folder of these names alone is
+    replaced; one that holds anything else is refused. Raises UserError for that or a full disk.
     """
-    check_free(path, marker, overwrite, setting)
+    check_free(path, ours, overwrite, setting)
     with disk_errors(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_leftovers(path)
@@ -89,14 +90,15 @@ def _sweep_leftovers(path: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check_free(path: Path, marker: str, overwrite: bool, setting: str = "output_dir") -> None:
+def check_free(path: Path, ours: tuple[str, ...], overwrite: bool, setting: str = "output_dir") -> None:
     """Raise UserError if `path` holds something that a command must not replace."""
     if path.is_file():
         raise UserError(f"{setting}={path} is a file; give a folder")
     if not path.is_dir() or not any(path.iterdir()):
         return
-    if not (path / marker).exists():
-        raise UserError(f"{setting}={path} holds something else (no {marker} in it); give another folder")
+    for name in sorted(p.name for p in path.iterdir()):
+        if not any(fnmatch(name, pattern) for pattern in ours):
+            raise UserError(f"{setting}={path} holds something else ({name}); give another folder")
     if not overwrite:
         raise UserError(f"{setting}={path} is finished already; overwrite=true replaces it")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from longalign.config import to_yaml
 from longalign.data.packing import idle_share
@@ -24,10 +25,13 @@ from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
 from longalign.model.load import resolve_device, resolve_dtype
-from longalign.preflight import check_data, check_room, check_run_folder, count_parameters, warn
-from longalign.progress import console
+from longalign.preflight import check_data, check_room, check_run_folder, count_parameters
+from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train import checkpoint
+from longalign.train.metrics import read_metrics
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # -- what a run will be ---------------------------------------------------------------------------------
 
@@ -104,11 +108,31 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
             manifest = read_json(folder / "manifest.json") if fresh else group(config, folder)
             how = str(shared) if fresh else "would be grouped first"
             return config, describe(config, manifest, Plan(folder, data), how)
-    if config.overwrite and config.resume == "none" and run.is_dir():
-        shutil.rmtree(run)
-    manifest, how = prepare_plan(config, run)
-    write_text(run / "config.yaml", to_yaml(config))
-    return config, describe(config, manifest, Plan(run / "plan", data), how)
+    replaces = config.overwrite and config.resume == "none" and run.is_dir()
+    if replaces:
+        shutil.rmtree(replaced(run), ignore_errors=True)
+        run.rename(replaced(run))
+    try:
+        manifest, how = prepare_plan(config, run)
+        write_text(run / "config.yaml", to_yaml(config))
+        return config, describe(config, manifest, Plan(run / "plan", data), how)
+    except BaseException:
+        if replaces:
+            shutil.rmtree(run, ignore_errors=True)
+            replaced(run).rename(run)
+        raise
+
+
+def replaced(run: Path) -> Path:
+    """Where a run that overwrite=true replaces waits until the new one has ended well."""
+    return run.with_name(run.name + ".replaced")
+
+
+def is_finished(run: Path, config: Config) -> bool:
+    steps = read_json(run / "plan" / "manifest.json")["steps"]
+    rows = read_metrics(run / "metrics.jsonl")
+    done = bool(rows) and rows[-1]["step"] >= min(steps, config.max_steps or steps)
+    return done and (run / "model" / "config.json").is_file()
 
 
 # -- running --------------------------------------------------------------------------------------------
@@ -140,9 +164,11 @@ def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
     return {**os.environ, **{k: str(v) for k, v in made.items()}, **config.cluster.env}
 
 
-def _die_with_parent() -> None:
-    """In a worker before it starts: have the kernel send it SIGTERM, to save and stop, if the launcher is killed."""
+def _before_worker() -> None:
+    """In a worker before it starts: SIGTERM, to save and stop, if the launcher is killed; and signals wait until the
+    worker can handle them (worker.main), which takes some seconds of imports."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only, as is CUDA training
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def run_workers(command: list[str], config: Config, logs: Path) -> int:
@@ -160,7 +186,7 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
         for worker in workers:
             worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
-    catch = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    catch = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, forward) for number in catch}
     port = free_port()
     try:
@@ -174,7 +200,7 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=_before_worker,
                 )
             )
         failed = None
@@ -185,18 +211,18 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
         _end(workers)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    if received and (failed is None or len(received) > 1):
         return 128 + received[0]
     if failed is None:
         return 0
     code = workers[failed].returncode
     if failed:  # rank 0 has written to the terminal already
         tail = (logs / f"rank-{failed}.log").read_text(errors="replace")[-4000:]
-        console.print(tail, markup=False, highlight=False)
+        console.print(tail)
     if code == 2:
         return 2
     cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-    console.print(f"[red]rank {failed} failed with {cause}[/]; resume=auto continues from the last checkpoint")
+    console.print(f"rank {failed} failed with {cause}; resume=auto continues from the last checkpoint", style="red")
     return 1
 
 
@@ -219,9 +245,17 @@ def train(config: Config) -> int:
     config, lines = prepare_run(config, dry_run=False)
     show(lines)
     run = Path(config.output_dir or "")
-    return run_workers(worker_command(run), config, run / "logs")
+    if config.resume == "auto" and is_finished(run, config):
+        console.print(f"this run is finished: {run}/model")
+        return 0
+    code = run_workers(worker_command(run), config, run / "logs")
+    if code == 0:
+        shutil.rmtree(replaced(run), ignore_errors=True)
+    elif replaced(run).is_dir():
+        warn(f"the run that this one was to replace is kept in {replaced(run)}")
+    return code
 
 
 def show(lines: list[tuple[str, str]]) -> None:
     for label, text in lines:
-        console.print(f"[bold]{label:>16}[/]  {text}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{label:>16}", "bold"), f"  {text}"), soft_wrap=True)

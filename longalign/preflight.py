@@ -13,12 +13,8 @@ from longalign.errors import UserError
 from longalign.files import human, require_disk
 from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tokenizer_hash
 from longalign.model.rope import context_warning
-from longalign.progress import console
+from longalign.progress import warn
 from longalign.schema import Config
-
-
-def warn(message: str) -> None:
-    console.print(f"[yellow]warning:[/] {message}", highlight=False)
 
 
 def count_parameters(config: Config) -> int:
@@ -91,7 +87,8 @@ def check_run_folder(run: Path, config: Config) -> None:
         raise UserError(f"output_dir={run} is a file; give a folder")
     if not run.is_dir() or not any(run.iterdir()):
         return
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"output_dir={run} holds something else (no config.yaml in it); give another folder")
-    if config.resume == "none" and not config.overwrite:
+    if not (run / "config.yaml").is_file() or not (run / "plan").is_dir():
+        raise UserError(f"output_dir={run} holds something else (no run of ours); give another folder")
+    elsewhere = config.resume not in ("none", "auto") and run not in Path(config.resume).parents
+    if elsewhere or (config.resume == "none" and not config.overwrite):
         raise UserError(f"output_dir={run} holds a run; resume=auto continues it, overwrite=true starts it over")

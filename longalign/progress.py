@@ -9,10 +9,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-# A log file has no width: room enough for the tables, instead of rich's 80 columns.
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+# A log file has no width: room enough for the tables, instead of rich's 80 columns. Paths may look like markup.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 140, markup=False)
 LOG_EVERY_S = 15.0
+
+
+def warn(message: str) -> None:
+    console.print(Text.assemble(("warning: ", "yellow"), message))
 
 
 def clock(seconds: float) -> str:
@@ -71,6 +76,4 @@ class Bar:
         total = f"/{self.total:,}" if self.total else ""
         left = f", {clock((self.total - self.done) / self.rate)} left" if self.total and self.rate else ""
         note = f", {self.note}" if self.note else ""
-        console.print(
-            f"{self.title}: {self.done:,}{total} {self.unit}, {self.rate:,.1f}/s{left}{note}", highlight=False
-        )
+        console.print(f"{self.title}: {self.done:,}{total} {self.unit}, {self.rate:,.1f}/s{left}{note}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -18,7 +18,7 @@ Paths = Annotated[list[str], BeforeValidator(_as_list)]  # one path, a list, or 
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Rope(Strict):
@@ -62,7 +62,7 @@ class Cluster(Strict):
     offload_param: bool
     packs_per_micro_step: PositiveInt
     deepspeed: dict[str, Any]
-    env: dict[str, str]
+    env: dict[str, Annotated[str, BeforeValidator(str)]]
 
 
 class Synthetic(Strict):
@@ -71,8 +71,14 @@ class Synthetic(Strict):
     short: Annotated[int, Field(ge=0)]
     test: Annotated[int, Field(ge=0)]
     text_tokens: Annotated[int, Field(ge=0)]
-    min_tokens: Annotated[int, Field(ge=64)]
-    max_tokens: PositiveInt
+    min_tokens: Annotated[int, Field(ge=128)]
+    max_tokens: Annotated[int, Field(ge=192)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"at least min_tokens={self.min_tokens}")
+        return self
 
 
 class Needle(Strict):
@@ -80,7 +86,7 @@ class Needle(Strict):
     depths: Annotated[list[Fraction], Field(min_length=1)]
     documents: PositiveInt
     haystack: str | None
-    distractors: Annotated[int, Field(ge=0)]
+    distractors: Annotated[int, Field(ge=0, le=100)]  # there are some 270 test facts
     without_document: bool
     max_new_tokens: PositiveInt
     batch_tokens: PositiveInt

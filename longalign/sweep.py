@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,20 @@ from rich.table import Table
 from longalign.config import conf_dir, hydra_message, override_words, parse, validate
 from longalign.errors import UserError
 from longalign.files import read_json, write_json
-from longalign.progress import console
+from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train.metrics import read_metrics
 
 IN_DEFAULT_PATH = {"model", "datanum", "strategy"}  # their names are part of train's default output_dir
 QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]  # the command speaks for itself
+SHOWN = ("step", "loss", "loss_sequence", "loss_token", "tokens_per_s", "needle", "samples", "tokens", "steps", "packs")
 RUNS = "sweep-runs"  # folder of the sweep that collects one record per run
 
 
 def sweep(command: str, words: list[str], config_dir: str | None, dry_run: bool) -> int:
     """Run every combination; returns 0 if all succeeded, else 1. Raises UserError for mistakes in the words."""
     overrides = parse(words, multirun=True, config_dir=config_dir)
-    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    fixed = [o.key_or_group for o in overrides if not o.is_sweep_override()]
     words = [*QUIET, *override_words(overrides, config_dir)]
     GlobalHydra.instance().clear()
     version.setbase("1.3")
@@ -45,6 +48,7 @@ def sweep(command: str, words: list[str], config_dir: str | None, dry_run: bool)
     try:
         composed = hydra.compose_config(command, words, run_mode=RunMode.MULTIRUN)
         folder = Path(composed.hydra.sweep.dir).absolute()
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
         hydra.multirun(
             config_name=command,
             task_function=Job(command, fixed, str(folder), dry_run),
@@ -59,7 +63,7 @@ def sweep(command: str, words: list[str], config_dir: str | None, dry_run: bool)
     rows = [{**record, **result(command, record)} for record in records]
     write_json(folder / "sweep.json", rows)
     console.print(table(rows))
-    console.print(f"written to {folder}/sweep.json", highlight=False)
+    console.print(f"written to {folder}/sweep.json")
     return 0 if all(row["exit_code"] == 0 for row in rows) else 1
 
 
@@ -72,7 +76,7 @@ class Job:
     def __call__(self, composed: DictConfig) -> float:
         """Run, record, and return the objective for the sweeper (NaN for a failed run)."""
         hydra = HydraConfig.get()
-        swept = [str(o) for o in hydra.overrides.task if o not in self.fixed]
+        swept = [str(o) for o in hydra.overrides.task if _key(o) not in self.fixed]
         record: dict[str, Any] = {"run": int(hydra.job.num), "overrides": swept, "output_dir": None, "exit_code": 1}
         try:
             config = own_folder(validate(composed), self.command, swept, self.fixed)
@@ -83,26 +87,35 @@ class Job:
             record["exit_code"] = getattr(commands, self.command)(config, self.dry_run)
         except UserError as error:
             record |= {"exit_code": 2, "error": str(error)}
-            console.print(f"error: {error}", style="red", highlight=False, markup=False)
+            console.print(f"error: {error}", style="red")
         except Exception as error:  # one run's failure does not end the sweep
             record["error"] = repr(error)
             console.print_exception()
-        if record["exit_code"] in (130, 143):
+        if record["exit_code"] == 130:
             raise KeyboardInterrupt
+        if record["exit_code"] == 143:
+            sys.exit(143)
         os.makedirs(Path(self.folder) / RUNS, exist_ok=True)
         write_json(Path(self.folder) / RUNS / f"{hydra.job.num}.json", record)
-        value = result(self.command, record).get(str(composed.objective))
-        return float(value) if value is not None else math.nan
+        figures = result(self.command, record)
+        if figures and composed.objective not in figures and self.command == "train":
+            warn(f"objective={composed.objective} is no figure of a run; one of {', '.join(figures)}")
+        return float(figures.get(str(composed.objective), math.nan))
 
 
 def own_folder(config: Config, command: str, swept: list[str], fixed: list[str]) -> Config:
     """Give each run an output folder of its own, named by what is swept and not yet in its path."""
-    given = any(o.lstrip("+").startswith("output_dir=") for o in (*swept, *fixed))
+    given = "output_dir" in (*fixed, *map(_key, swept))
     named = IN_DEFAULT_PATH if command == "train" and not given else set()
-    parts = [o.replace("/", "-") for o in swept if o.partition("=")[0].lstrip("+") not in {*named, "output_dir"}]
+    parts = [o.replace("/", "-") for o in swept if _key(o) not in {*named, "output_dir"}]
     if config.output_dir is None or not parts:
         return config
     return config.model_copy(update={"output_dir": f"{config.output_dir}/{','.join(parts)}"})
+
+
+def _key(override: str) -> str:
+    """'++lr=1e-4' -> 'lr'."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +125,7 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
     folder = Path(record["output_dir"])
     if command == "train":
         rows = read_metrics(folder / "metrics.jsonl")
-        names = ("step", "loss", "loss_sequence", "loss_token", "tokens_per_s")
-        return {name: rows[-1][name] for name in names} if rows else {}
+        return rows[-1] if rows else {}
     if command == "eval" and (folder / "results.json").is_file():
         return {name: task["score"] for name, task in read_json(folder / "results.json")["tasks"].items()}
     if command in ("tokenize", "group") and (folder / "manifest.json").is_file():
@@ -124,9 +136,8 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line a run: what was swept, how it ended, its figures."""
-    about = {"run", "overrides", "output_dir", "exit_code", "error"}
     swept = list(dict.fromkeys(o.partition("=")[0] for row in rows for o in row["overrides"]))
-    figures = list(dict.fromkeys(name for row in rows for name in row if name not in about))
+    figures = [name for name in dict.fromkeys(name for row in rows for name in row) if name in SHOWN]
     made = Table(title=f"sweep of {len(rows)} runs", title_justify="left", box=box.SIMPLE)
     for column in (*swept, "ended"):
         made.add_column(column, overflow="fold")

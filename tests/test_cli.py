@@ -101,6 +101,28 @@ def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_di
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
+def test_a_model_that_lacks_weights_is_refused_and_the_old_run_kept(
+    tmp_path: Path, base_words: list[str], data_dir: Path, model_dir: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "run" / "plan").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("of an earlier run")
+    words = [*base_words, f"data_dir={data_dir}", "output_dir=run", "overwrite=true", f"init_from={broken}"]
+    done = longalign("train", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lacks 1 weights of this model, among them model.layers.0.mlp.up_proj.weight" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run.replaced" / "config.yaml").read_text() == "of an earlier run"
+
+
 def test_data_of_another_tokenizer_is_refused(
     tmp_path: Path, base_words: list[str], data_dir: Path, model_dir: Path
 ) -> None:

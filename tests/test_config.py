@@ -98,6 +98,8 @@ def test_sweep_lists_are_not_quoted() -> None:
         ("strategy=[a", "cannot read the overrides"),
         ("hydra/launcher=joblib", "takes effect in a sweep only: add -m"),
         ("~lr", "lr is missing"),
+        ("lr=inf", "lr=inf is not allowed: it should be a finite number"),
+        ("source.max_tokens=200 ", "at least min_tokens=256"),
         ("task.needle.depths=[2]", "it should be less than or equal to 1"),
     ],
 )
@@ -112,6 +114,16 @@ def test_free_sections_take_any_key() -> None:
     config = compose_config("train", ["model.config.num_hidden_layers=4", "cluster.deepspeed.zero_optimization.x=1"])
     assert config.model.config == {"num_hidden_layers": 4}
     assert config.cluster.deepspeed == {"zero_optimization": {"x": 1}}
+
+
+def test_home_folder_is_expanded_but_not_in_a_prompt() -> None:
+    config = compose_config(
+        "chat", ["model.path=~/m", "prompt=~/x", "long_file=[~/a.jsonl]", "cluster.env.OMP_NUM_THREADS=4"]
+    )
+    assert config.model.path == config.model.tokenizer == str(Path.home() / "m")
+    assert config.long_file == [str(Path.home() / "a.jsonl")]
+    assert config.prompt == "~/x"
+    assert config.cluster.env == {"OMP_NUM_THREADS": "4"}
 
 
 def test_unknown_key_in_a_file_is_named() -> None:

@@ -17,12 +17,12 @@ from longalign.schema import Config
 
 def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with fresh_folder(target, "marker", overwrite=False) as folder:
+    with fresh_folder(target, ("marker",), overwrite=False) as folder:
         (folder / "marker").write_text("first")
-    with pytest.raises(ZeroDivisionError), fresh_folder(target, "marker", overwrite=True) as folder:
+    with pytest.raises(ZeroDivisionError), fresh_folder(target, ("marker",), overwrite=True) as folder:
         (folder / "marker").write_text(str(1 // 0))
     assert (target / "marker").read_text() == "first"
-    with fresh_folder(target, "marker", overwrite=True) as folder:
+    with fresh_folder(target, ("marker",), overwrite=True) as folder:
         (folder / "marker").write_text("third")
     assert (target / "marker").read_text() == "third"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -31,18 +31,18 @@ def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     dead = tmp_path / "out.partial-999999999-abc"
     dead.mkdir()
-    with fresh_folder(tmp_path / "out", "marker", overwrite=False) as folder:
+    with fresh_folder(tmp_path / "out", ("marker",), overwrite=False) as folder:
         (folder / "marker").touch()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    with pytest.raises(UserError, match="is a file"), fresh_folder(tmp_path / "out", "marker", overwrite=True):
+    with pytest.raises(UserError, match="is a file"), fresh_folder(tmp_path / "out", ("marker",), overwrite=True):
         pass
     with (
         pytest.raises(UserError, match="cannot write"),
-        fresh_folder(tmp_path / "out" / "sub", "marker", overwrite=True),
+        fresh_folder(tmp_path / "out" / "sub", ("marker",), overwrite=True),
     ):
         pass
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +34,8 @@ class Encoded:
     tokens_cut: int = 0
     n_cut: int = 0
     merged_system: bool = False
+    unanswered: bool = False
+    rows_dropped: Counter[str] = field(default_factory=Counter)  # reasons, where other rows of the record are kept
 
 
 class Encoder:
@@ -54,18 +56,25 @@ class Encoder:
                 rows = [self.template.text_row(sample["text"])]
             else:
                 messages = conversation(sample)
+                out.unanswered = len(messages) < len(sample["messages"])
                 out.merged_system = messages[0]["role"] == "system" and not self.places_system
                 rows = self.template.rows(messages)
             out.tokens_in = sum(len(row.input_ids) for row in rows)
             out.targets_in = sum(row.n_target for row in rows)
             for row in rows:
-                kept = truncate(row, self.max_length, self.how)
+                try:
+                    kept = truncate(row, self.max_length, self.how)
+                except BadSample as reason:
+                    out.rows_dropped[str(reason)] += 1
+                    continue
                 out.tokens_cut += len(row.input_ids) - len(kept.input_ids)
                 out.n_cut += len(kept.input_ids) < len(row.input_ids)
                 out.rows.append((np.array(kept.input_ids, np.int32), np.array(kept.labels, np.int32)))
+            if not out.rows:
+                raise BadSample(next(iter(out.rows_dropped)))
         except BadSample as reason:
             out.dropped = str(reason)
-            out.rows = []
+            out.rows_dropped.clear()
         return out
 
 
@@ -80,11 +89,13 @@ def _start_worker(config: Config) -> None:
 
 def _encode_chunk(chunk: list[Raw]) -> list[Encoded]:
     assert _encoder is not None
-    try:
-        return [_encoder(raw) for raw in chunk]
-    except Exception as error:
-        place = f"{chunk[0].file}:{chunk[0].line}-{chunk[-1].line}"
-        raise RuntimeError(f"encoding failed within {place}: {error!r}") from error
+    done = []
+    for raw in chunk:
+        try:
+            done.append(_encoder(raw))
+        except Exception as error:
+            raise RuntimeError(f"{raw.file}:{raw.line}: encoding failed: {error!r}") from error
+    return done
 
 
 def _chunks(files: list[Path]) -> Iterator[list[Raw]]:

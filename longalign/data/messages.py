@@ -110,7 +110,7 @@ def understand(raw: Raw) -> dict[str, Any]:
     if isinstance(value, bytes):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, absurd numbers or nesting
             raise BadSample("malformed JSON") from error
     if not isinstance(value, dict):
         raise BadSample("not a JSON object")
@@ -136,6 +136,8 @@ def conversation(sample: dict[str, Any]) -> Messages:
         if not isinstance(content, str | None):
             raise BadSample("content is not text")
         content = content or ""
+        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+            raise BadSample("half of a surrogate pair in the text")
         checked.append({"role": role, "content": content.translate(ZERO_WIDTH) if role == "assistant" else content})
     turns = checked[1:] if checked[0]["role"] == "system" else checked
     if turns and turns[-1]["role"] == "user":

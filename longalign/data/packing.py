@@ -106,7 +106,10 @@ def shuffle_packs(packs: Packs, rng: np.random.Generator) -> Packs:
 def epoch_packs(
     lengths: np.ndarray, strategy: Strategy, max_length: int, seed: int, epoch: int, shuffle: bool = True
 ) -> Packs:
-    """The packs of one epoch in training order; regrouped from (seed, epoch). Without shuffle: in sample order."""
+    """The packs of one epoch in training order; regrouped from (seed, epoch).
+
+    Without shuffle naive and next-fit packing keep the order of samples; the others have an order of their own.
+    """
     rng = np.random.default_rng([seed, epoch])
     if strategy.name == "sorted":
         return one_each(sort_in_runs(lengths, strategy.group_size, rng))
@@ -115,8 +118,7 @@ def epoch_packs(
         return one_each(order)
     if strategy.packer == "next_fit":
         return next_fit(lengths, max_length, order)
-    packs = best_fit(lengths, max_length, order, strategy.window)
-    return shuffle_packs(packs, rng) if shuffle else packs
+    return shuffle_packs(best_fit(lengths, max_length, order, strategy.window), rng)
 
 
 def packs_per_step(strategy: Strategy) -> int:

@@ -8,6 +8,7 @@ the loss does not depend on how (see model/loss.py). Every sample with a target 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 16384
+OURS = ("plan.parquet", "manifest.json")
 
 
 # -- the command ------------------------------------------------------------------------------------------
@@ -70,6 +72,11 @@ def group(config: Config, output: Path) -> dict[str, Any]:
     columns = dataset.select_columns(["length", "n_target", "sample_id"]).with_format("numpy")[:]
     with_target = columns["n_target"] > 0
     lengths, n_target, ids = (columns[c][with_target] for c in ("length", "n_target", "sample_id"))
+    keeps_order = config.strategy.name == "naive" or (
+        config.strategy.name != "sorted" and config.strategy.packer == "next_fit"
+    )
+    if not config.shuffle and not keeps_order:
+        raise UserError("shuffle=false keeps the order of samples: use strategy=naive or strategy.packer=next_fit")
     if not len(lengths):
         raise UserError(f"data_dir={config.data_dir} has no sample with a target")
     if lengths.max() > config.max_length:
@@ -79,7 +86,7 @@ def group(config: Config, output: Path) -> dict[str, Any]:
         )
     cost = cost_of(data["model_shape"]) if data["model_shape"] else Cost(1.0, 0.0)
     rows_per_step, epochs, first_step, first_pack = packs_per_step(config.strategy), [], 1, 0
-    with fresh_folder(output, "plan.parquet", overwrite=True) as folder:
+    with fresh_folder(output, OURS, overwrite=True) as folder:
         with pq.ParquetWriter(folder / "plan.parquet", SCHEMA) as writer:
             for epoch in range(config.epochs):
                 packs = epoch_packs(lengths, config.strategy, config.max_length, config.seed, epoch, config.shuffle)
@@ -142,7 +149,10 @@ def _statistics(table: pa.Table, config: Config) -> dict[str, Any]:
 
 
 def is_fresh(folder: Path, wanted: dict[str, Any]) -> bool:
-    return (folder / "manifest.json").is_file() and read_json(folder / "manifest.json")["identity"] == wanted
+    try:
+        return read_json(folder / "manifest.json")["identity"] == wanted
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def prepare_plan(config: Config, run: Path) -> tuple[dict[str, Any], str]:
@@ -159,12 +169,13 @@ def prepare_plan(config: Config, run: Path) -> tuple[dict[str, Any], str]:
         return read_json(mine / "manifest.json"), str(shared)
     how = "stale, grouped again" if (shared / "manifest.json").exists() else "missing, grouped now"
     manifest = group(config, mine)
-    _copy(mine, shared)
+    with contextlib.suppress(OSError, UserError):  # a convenience: data_dir may be read-only, or a sweep writes it too
+        _copy(mine, shared)
     return manifest, f"{shared} ({how})"
 
 
 def _copy(plan: Path, to: Path) -> None:
-    with fresh_folder(to, "plan.parquet", overwrite=True) as folder:
+    with fresh_folder(to, OURS, overwrite=True) as folder:
         shutil.copytree(plan, folder, dirs_exist_ok=True)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.synthetic import base_texts, conversations
-from longalign.files import fresh_folder, write_json
+from longalign.errors import UserError
+from longalign.files import disk_errors, write_json, write_text
 from longalign.schema import Config
 
 
@@ -33,14 +34,16 @@ def prepare_synthetic(config: Config) -> dict[str, int]:
     """Write one JSONL file a part and a manifest; returns how many samples each file got. Raises UserError."""
     counts: dict[str, int] = {}
     output = Path(config.output_dir or "")
-    with fresh_folder(output, "manifest.json", config.overwrite) as folder:
-        for name, samples in _parts(config).items():
-            counts[name] = 0
-            with open(folder / name, "w", encoding="utf-8") as file:
-                for sample in samples:
-                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                    counts[name] += 1
-        write_json(
-            folder / "manifest.json", {"source": config.source.model_dump(), "seed": config.seed, "samples": counts}
-        )
-    return {str(output / name): n for name, n in counts.items()}
+    parts = _parts(config)
+    for name in parts:
+        if (output / name).exists() and not config.overwrite:
+            raise UserError(f"{output / name} exists already; overwrite=true replaces it")
+    with disk_errors(output, "output_dir"):
+        output.mkdir(parents=True, exist_ok=True)  # it may hold other raw data, which stays
+        for name, samples in parts.items():
+            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+            write_text(output / name, "".join(lines))
+            counts[str(output / name)] = len(lines)
+        manifest = {"source": config.source.model_dump(), "seed": config.seed, "samples": counts}
+        write_json(output / "synthetic.json", manifest)
+    return counts

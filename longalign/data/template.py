@@ -17,7 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
+
 from longalign.data.messages import BadSample, Messages, merge_system
+from longalign.errors import UserError
 
 IGNORE = -100
 
@@ -58,6 +61,22 @@ class Template:
     name: str
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
+    def __post_init__(self) -> None:
+        if self.name == "chat_template" and not self.tokenizer.chat_template:
+            raise UserError(
+                "template=chat_template, but the tokenizer has none (a base model?); "
+                "choose template=longalign-llama, longalign-chatglm or text"
+            )
+        # A Jinja template may end answers with nothing of its own: then EOS ends them, as in the others.
+        self.eos_after_answer = self.name != "chat_template" or self._turn_end() is None
+
+    def _turn_end(self) -> int | None:
+        """The special token that a Jinja template puts right after an answer."""
+        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\u241f"}]
+        tail = self._jinja_segments(probe)[-1][-1].text.rpartition("\u241f")[2]
+        ids = self._ids(tail)
+        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+
     @property
     def has_system(self) -> bool:
         """Whether the template has a place of its own for a system message."""
@@ -79,7 +98,10 @@ class Template:
         if not self.has_system:
             messages = merge_system(messages)
         if self.name == "chat_template":
-            rows = [self._assemble(segments) for segments in self._jinja_segments(messages)]
+            try:
+                rows = [self._assemble(s, self.eos_after_answer) for s in self._jinja_segments(messages)]
+            except TemplateError as error:  # the template's own rules about roles
+                raise BadSample(f"refused by the chat template: {error}") from None
         else:
             rows = [self._assemble(self._segments(messages), eos_after_answer=True)]
         rows = [row for row in rows if row.n_target]
@@ -115,10 +137,7 @@ class Template:
         """Tokens that end an answer: EOS, and the end-of-turn token of a Jinja template."""
         stops = {self.tokenizer.eos_token_id}
         if self.name == "chat_template":
-            turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-            tail = self._jinja_segments(turn)[-1][-1].text.removeprefix("x")
-            ids = self._ids(tail)
-            stops |= {i for i in ids[:1] if i in set(self.tokenizer.all_special_ids)}
+            stops.add(self._turn_end())
         return sorted(i for i in stops if i is not None)
 
     # -- segments ---------------------------------------------------------------------------------

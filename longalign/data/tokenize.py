@@ -43,6 +43,7 @@ FEATURES = Features(
 )
 SCHEMA = FEATURES.arrow_schema
 ROWS_PER_BATCH = 64
+OURS = ("manifest.json", "dropped.jsonl", "dataset_info.json", "state.json", "data-*.arrow", "plans")
 BYTES_PER_PROCESS = 16 << 20  # below this much text another process does not pay for its start
 
 
@@ -149,6 +150,7 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     system_merged_into_user: int = 0
+    unanswered_last_turn_left_out: int = 0
     tokens_in: int = 0
     tokens_cut: int = 0
     tokens_kept: int = 0
@@ -163,6 +165,9 @@ class Ledger:
         self.tokens_cut += encoded.tokens_cut
         self.truncated += encoded.n_cut
         self.system_merged_into_user += encoded.merged_system
+        self.unanswered_last_turn_left_out += encoded.unanswered
+        for reason, n in encoded.rows_dropped.items():
+            self.dropped[f"{reason} (one turn of several)"] += n
         if encoded.dropped:
             self.dropped[encoded.dropped] += 1
 
@@ -176,6 +181,9 @@ def sources(config: Config) -> dict[bool, list[Path]]:
         True: expand(config.long_file, "long_file") if config.datanum.n_long != 0 else [],
         False: expand(config.short_file, "short_file"),
     }
+    stems = [stem(str(file)) for group in files.values() for file in group]
+    if twice := [name for name in stems if stems.count(name) > 1]:
+        raise UserError(f"two files are named {twice[0]}: samples are told apart by file name and line; rename one")
     if not files[True] and not files[False]:
         raise UserError("nothing to tokenize: long_file and short_file are both null")
     return files
@@ -198,7 +206,7 @@ def tokenize(config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(config)
     ledgers = {stem(str(file)): Ledger() for group in files.values() for file in group}
 
-    with fresh_folder(output, "manifest.json", config.overwrite) as folder:
+    with fresh_folder(output, OURS, config.overwrite) as folder:
         stages = {is_long: Stage(folder / f"stage-{is_long}.arrow") for is_long in (True, False)}
         with open(folder / "dropped.jsonl", "w", encoding="utf-8") as dropped:
             for is_long, group in files.items():

@@ -50,7 +50,12 @@ def sentences(haystack: str | None, rng: random.Random) -> Iterator[str]:
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".md"))
     if not files:
         raise UserError(f"task.needle.haystack={haystack}: no .txt or .md file there; null generates sentences")
-    found = [s for f in files for s in re.split(r"(?<=[.!?])\s+", f.read_text(encoding="utf-8")) if s.strip()]
+    try:
+        found = [s for f in files for s in re.split(r"(?<=[.!?])\s+", f.read_text(encoding="utf-8")) if s.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task.needle.haystack={haystack} cannot be read as text: {error}") from None
+    if not found:
+        raise UserError(f"task.needle.haystack={haystack}: its files are empty")
     start = rng.randrange(len(found))
     while True:
         yield from found[start:]

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longalign.errors import UserError
 from longalign.evaluate import needle
 from longalign.evaluate.generate import Generator
 from longalign.evaluate.report import needle_heatmap, needle_table
-from longalign.files import fresh_folder, versions, write_json
+from longalign.files import disk_errors, versions, write_json, write_text
+from longalign.model.load import load_config
 from longalign.progress import console
 from longalign.schema import Config
 
@@ -17,16 +19,19 @@ from longalign.schema import Config
 def run(config: Config, dry_run: bool) -> int:
     """Returns 0. Raises UserError for a model or folder that cannot be used."""
     output, task = Path(config.output_dir or ""), config.task.needle
+    if task is None:
+        raise UserError("task=[] asks nothing; one of: needle")
     if dry_run:
+        load_config(config)
         if task:
             cells = len(task.lengths) * len(task.depths)
             total = cells * task.documents * (1 + task.without_document)
             tokens = sum(task.lengths) * len(task.depths) * task.documents
-            console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens -> {output}", highlight=False)
+            console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens -> {output}")
         return 0
     generator = Generator(config)
-    # A new evaluation of the same model replaces the old one: it can be made again at any time.
-    with fresh_folder(output, "results.json", overwrite=True) as folder:
+    with disk_errors(output, "output_dir"):
+        output.mkdir(parents=True, exist_ok=True)
         results: dict[str, Any] = {
             "model": config.model.path,
             "template": generator.template.name,
@@ -39,9 +44,9 @@ def run(config: Config, dry_run: bool) -> int:
             summary, rows = needle.run(task, generator, config.seed)
             results["tasks"]["needle"] = {"settings": task.model_dump(), **summary}
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / "needle.jsonl").write_text(lines, encoding="utf-8")
-            needle_heatmap(summary, folder / "needle.png", Path(config.model.path).name)
+            write_text(output / "needle.jsonl", lines)
+            needle_heatmap(summary, output / "needle.png", Path(config.model.path).name)
             console.print(needle_table(summary))
-        write_json(folder / "results.json", results)
-    console.print(f"written to {output}", highlight=False)
+        write_json(output / "results.json", results)
+    console.print(f"written to {output}")
     return 0

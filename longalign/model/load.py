@@ -23,11 +23,11 @@ RECORD = "longalign.json"  # beside an exported model: the template it was train
 
 def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
     """kind.from_pretrained(path), with the usual failures told in one message."""
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+    if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{setting}={path}: no such folder")
     try:
-        return kind.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path, **kwargs)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(
             f"{setting}={path} cannot be loaded: {first.rstrip('.')}; give a folder or a hub name"
@@ -72,7 +72,7 @@ def load_config(config: Config, shape_only: bool = False) -> Any:
         if not hasattr(hf, key):
             raise UserError(f"model.config.{key}: {hf.model_type} has no such setting")
         setattr(hf, key, value)
-    set_theta(hf, config.model.rope.theta)
+    set_theta(hf, config.model.rope.theta, config.max_length)
     return shape_of(hf) if shape_only else hf
 
 
@@ -105,7 +105,9 @@ def load_model(config: Config, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     else:
         setting, path = ("init_from", config.init_from) if config.init_from else ("model.path", config.model.path)
-        model = _load(AutoModelForCausalLM, str(path), setting, config=hf, dtype=dtype)
+        model, found = _load(AutoModelForCausalLM, str(path), setting, config=hf, dtype=dtype, output_loading_info=True)
+        if lost := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
+            raise UserError(f"{setting}={path} lacks {len(lost)} weights of this model, among them {lost[0]}")
     restore_inv_freq(model)
     check_inv_freq(model, config.model.rope.theta)
     return model

@@ -9,9 +9,10 @@ import torch
 from longalign.errors import UserError
 
 
-def set_theta(config: Any, theta: float | None) -> None:
-    """Write an absolute base frequency into a Hugging Face config, before the model is built.
+def set_theta(config: Any, theta: float | None, max_length: int) -> None:
+    """Write an absolute base frequency, and the context it is meant for, into a Hugging Face config.
 
+    To be called before the model is built; the exported config then tells eval, chat and servers the same.
     transformers >= 5 reads `rope_parameters` and ignores an assignment to `config.rope_theta`.
     """
     if theta is None:
@@ -20,6 +21,8 @@ def set_theta(config: Any, theta: float | None) -> None:
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         raise UserError(f"model.rope.theta={theta}: {config.model_type} has no single rope_theta to set")
     parameters["rope_theta"] = float(theta)
+    text_config = config.get_text_config()
+    text_config.max_position_embeddings = max(text_config.max_position_embeddings, max_length)
 
 
 def restore_inv_freq(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from longalign.errors import UserError
 from longalign.files import disk_errors, read_json, write_json
-from longalign.progress import console
+from longalign.progress import warn
 from longalign.schema import Config
 
 RECORD = "checkpoint.json"
@@ -58,9 +58,21 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / RECORD).is_file())
 
 
+def abandon_after(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond the one resumed from: they belong to a course of training that was left."""
+    if dist.get_rank() == 0:
+        for path in complete(folder):
+            if path.name > name(step):
+                path.rename(folder / f"abandoned-{path.name}")
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if nothing."""
-    for file, size in read_json(checkpoint / RECORD)["files"].items():
+    try:
+        files = read_json(checkpoint / RECORD)["files"]
+    except (ValueError, KeyError):
+        return f"{RECORD} is cut short"
+    for file, size in files.items():
         path = checkpoint / file
         if not path.is_file():
             return f"{file} is missing"
@@ -86,7 +98,7 @@ def find(config: Config) -> Path | None:
         wrong = damage(path)
         if wrong is None:
             return path
-        console.print(f"[yellow]skipping damaged checkpoint {path.name}: {wrong}[/]", highlight=False)
+        warn(f"skipping damaged checkpoint {path.name}: {wrong}")
     if candidates:
         raise UserError(f"resume=auto: every checkpoint in {config.output_dir}/checkpoints is damaged; resume=none")
     return None

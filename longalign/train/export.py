@@ -33,7 +33,7 @@ def export(engine: Any, config: Config, folder: Path) -> None:
     model = engine.module.model
     state = gather(model)
     if dist.get_rank() == 0:
-        with disk_errors(folder, "output_dir"), fresh_folder(folder, "config.json", overwrite=True) as partial:
+        with disk_errors(folder, "output_dir"), fresh_folder(folder, ("*",), overwrite=True) as partial:
             model.save_pretrained(partial, state_dict=state)
             tokenizer = load_tokenizer(config)
             template = template_name(config)

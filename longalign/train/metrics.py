@@ -9,11 +9,13 @@ from typing import Any, TextIO
 
 import torch
 
+from longalign.files import write_text
+
 
 def open_metrics(path: Path, done_steps: int) -> TextIO:
     """Open for appending, without the rows after `done_steps` that a killed run wrote past its checkpoint."""
     rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return open(path, "a", encoding="utf-8", buffering=1)
 
 

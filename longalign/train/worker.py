@@ -96,6 +96,7 @@ def train(config: Config) -> None:
     done = checkpoint.check(start, about) if start else 0
     if start:
         checkpoint.load(engine, start)
+        checkpoint.abandon_after(run / "checkpoints", done)
     metrics = open_metrics(run / "metrics.jsonl", done) if rank == 0 else None
     saved, stopped, began = done, 0, time.monotonic()
 
@@ -111,9 +112,10 @@ def train(config: Config) -> None:
             dist.all_reduce(summed)
             loss, loss_sequence, loss_token, stop = summed.tolist()
             seconds, began = time.monotonic() - began, time.monotonic()
-            if not math.isfinite(loss):
+            grad_norm = float(engine.get_global_grad_norm())
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 samples = [s for p in packs for s in p.sample_ids]
-                raise FloatingPointError(f"step {step}: loss is {loss}; its samples are {samples}")
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; its samples: {samples}")
             tokens = sum(p.tokens for p in packs)
             if metrics:
                 row = {
@@ -123,7 +125,7 @@ def train(config: Config) -> None:
                     "loss_sequence": loss_sequence,
                     "loss_token": loss_token,
                     "lr": lr,
-                    "grad_norm": float(engine.get_global_grad_norm()),
+                    "grad_norm": grad_norm,
                     "tokens": tokens,
                     "targets": sum(p.n_target for p in packs),
                     "sequences": sum(p.n_sequences for p in packs),
@@ -137,7 +139,7 @@ def train(config: Config) -> None:
             stopped = int(stop)
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
                 checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
-                saved = step
+                saved, began = step, time.monotonic()
             if stopped:
                 break
     if metrics:
@@ -164,8 +166,9 @@ def _quiet() -> None:
 def main(paths: list[str]) -> int:
     """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
     _quiet()
-    signal.signal(signal.SIGINT, _on_signal)
-    signal.signal(signal.SIGTERM, _on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
     configs = [load_frozen(path) for path in paths]
     device = configs[0].cluster.device
     if device == "cuda":

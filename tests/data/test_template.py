@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from longalign.data.messages import BadSample, Messages
 from longalign.data.template import IGNORE, LLAMA_JINJA, Row, Template, truncate
+from longalign.errors import UserError
 from tests.conftest import TINY, WORDS
 
 CHATML = (
@@ -106,6 +107,26 @@ def test_templates_that_rewrite_history_train_one_row_per_answer() -> None:
     assert "quiet" not in decode(rows[1].input_ids)
     prompt = template.prompt_ids(messages[:3])
     assert rows[1].input_ids[: len(prompt)] == prompt
+
+
+def test_templates_without_an_end_of_turn_get_eos() -> None:
+    """GLM-4's kind: nothing follows an answer but the next role, so the model would never learn to stop."""
+    bare = CHATML.replace("+ '<|im_end|>' + '\\n' }}", "}}")
+    assert bare != CHATML
+    template = Template("chat_template", tokenizer(bare))
+    messages = [
+        {"role": r, "content": c}
+        for r, c in zip(["user", "assistant"] * 2, ["what", "river", "is", "golden"], strict=True)
+    ]
+    (row,) = template.rows(messages)
+    eos = template.tokenizer.eos_token_id
+    assert row.labels.count(eos) == 2
+    assert template.stop_ids == [eos]
+
+
+def test_a_tokenizer_without_chat_template_is_refused() -> None:
+    with pytest.raises(UserError, match="choose template=longalign-llama"):
+        Template("chat_template", tokenizer())
 
 
 def test_exported_jinja_renders_the_same_text() -> None:

@@ -41,18 +41,21 @@ def test_bad_samples_are_counted_and_named(tmp_path: Path, base_words: list[str]
         "malformed JSON": '{"messages": [',
         "no messages": {"messages": []},
         "unknown role 'bot'": {"messages": [{"role": "bot", "content": "x"}]},
+        "half of a surrogate pair in the text": '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "x"}]}',
         "no target": {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
     }
-    long = write_jsonl(tmp_path / "long.jsonl", [good, *bad.values(), good])
+    unanswered = {"messages": [*good["messages"], {"role": "user", "content": "more"}]}
+    long = write_jsonl(tmp_path / "long.jsonl", [good, *bad.values(), unanswered])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     manifest = run(base_words, tmp_path / "out", f"long_file={long}", f"short_file={empty}")
     ledger = manifest["ledger"]["long"]
-    assert ledger["samples_in"] == 6
+    assert ledger["samples_in"] == 7
+    assert ledger["unanswered_last_turn_left_out"] == 1
     assert ledger["rows_kept"] == 2
     assert ledger["dropped"] == dict.fromkeys(bad, 1)
     assert manifest["ledger"]["empty"]["samples_in"] == 0
     named = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert [(n["line"], n["reason"]) for n in named] == list(zip((2, 3, 4, 5), bad, strict=True))
+    assert [(n["line"], n["reason"]) for n in named] == list(zip((2, 3, 4, 5, 6), bad, strict=True))
     assert all(n["file"] == str(long) for n in named)
 
 
@@ -104,7 +107,49 @@ def test_folders_in_the_way(tmp_path: Path, base_words: list[str]) -> None:
     with pytest.raises(UserError, match="overwrite=true"):
         run(base_words, tmp_path / "out", *files)
     run(base_words, tmp_path / "out", *files, "overwrite=true")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds something else \(notes\.md\)"):
+        run(base_words, tmp_path / "out", *files, "overwrite=true")
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_absurd_records_are_dropped_like_others(tmp_path: Path, base_words: list[str]) -> None:
+    rows = [conversation(5, 3, 0), "[" * 100_000, '{"messages": ' + "9" * 5000 + "}"]
+    long = write_jsonl(tmp_path / "long.jsonl", rows)
+    manifest = run(base_words, tmp_path / "out", f"long_file={long}", "short_file=null")
+    assert manifest["ledger"]["long"]["dropped"] == {"malformed JSON": 2}
+
+
+def test_files_of_one_name_are_refused(tmp_path: Path, base_words: list[str]) -> None:
+    files = [write_jsonl(tmp_path / name / "part.jsonl", [conversation(5, 3, 0)]) for name in "ab"]
+    with pytest.raises(UserError, match="two files are named part"):
+        run(base_words, tmp_path / "out", f"long_file=[{files[0]},{files[1]}]", "short_file=null")
+
+
+def test_a_turn_too_long_does_not_take_the_others_along(tmp_path: Path, base_words: list[str], model_dir: Path) -> None:
+    """A template that rewrites history gives one row per answer: only those that fit no more are dropped."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from tests.data.test_template import FORGETFUL
+
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    made = AutoTokenizer.from_pretrained(model)
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.chat_template = FORGETFUL
+    made.save_pretrained(model)
+    turns = [
+        *conversation(5, 3, 0)["messages"],
+        *conversation(5, 3, 1)["messages"],
+        *conversation(200, 3, 2)["messages"],
+    ]
+    long = write_jsonl(tmp_path / "long.jsonl", [{"messages": [dict(t, content=f"a|{t['content']}") for t in turns]}])
+    words = [f"model.path={model}", "template=chat_template", f"long_file={long}", "short_file=null", "truncate=drop"]
+    ledger = run(base_words, tmp_path / "out", *words)["ledger"]["long"]
+    assert ledger["rows_kept"] == 2
+    assert ledger["dropped"] == {"too long (one turn of several)": 1}
 
 
 def test_nothing_usable(tmp_path: Path, base_words: list[str]) -> None:

@@ -22,7 +22,8 @@ def inv_freq(model: torch.nn.Module) -> torch.Tensor:
 
 def test_theta_reaches_the_model_and_its_export(model_dir: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(model_dir)
-    set_theta(config, 2_000_000)
+    set_theta(config, 2_000_000, 4096)
+    assert config.max_position_embeddings == 4096, "the export tells everyone its new context"
     model = AutoModelForCausalLM.from_pretrained(model_dir, config=config)
     expected = 2_000_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     torch.testing.assert_close(inv_freq(model).double(), expected)
@@ -47,7 +48,7 @@ def test_what_cannot_be_set() -> None:
     from transformers import GPT2Config
 
     with pytest.raises(UserError, match="no single rope_theta"):
-        set_theta(GPT2Config(), 1e6)
+        set_theta(GPT2Config(), 1e6, 4096)
 
 
 def test_context_warning(model_dir: Path) -> None:

@@ -134,6 +134,12 @@ def test_damaged_checkpoint_is_skipped_and_refused(tmp_path: Path, words: list[s
     victim = max((newest / "state").iterdir(), key=lambda p: p.stat().st_size)
     with open(victim, "r+b") as file:
         file.truncate(victim.stat().st_size // 2)
+    whole_record = (newest / "checkpoint.json").read_text()
+    (newest / "checkpoint.json").write_text(whole_record[:20])
+    cut = longalign("train", *words, "output_dir=run", f"resume={newest}", cwd=tmp_path)
+    assert cut.returncode == 2
+    assert "checkpoint.json is cut short" in cut.stderr
+    (newest / "checkpoint.json").write_text(whole_record)
     refused = longalign("train", *words, "output_dir=run", f"resume={newest}", cwd=tmp_path)
     assert refused.returncode == 2
     assert "is damaged" in refused.stderr
@@ -149,6 +155,11 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, words: list[str], who
     twice = longalign("train", *words, "output_dir=run", cwd=tmp_path)
     assert twice.returncode == 2
     assert "resume=auto continues it, overwrite=true starts it over" in twice.stderr
+    finished = longalign("train", *words, "output_dir=run", "resume=auto", cwd=tmp_path)
+    assert finished.returncode == 0
+    assert "this run is finished" in finished.stderr
+    other = longalign("train", *words, "output_dir=run", f"resume={whole}/checkpoints/step-000020", cwd=tmp_path)
+    assert other.returncode == 2, "a run is not continued over another one"
     for change, said in (
         ("cluster.processes=1", "another processes"),
         ("cluster.zero_stage=1", "another zero_stage"),
