@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from longalign.errors import UserError
 from longalign.progress import console, warn
 from longalign.schema import Config
 
@@ -122,3 +123,17 @@ def chat(config: Config, dry_run: bool) -> int:
     from longalign import chat as module
 
     return module.chat(config, dry_run)
+
+
+def convert(config: Config, dry_run: bool) -> int:
+    from longalign.model import chatglm
+
+    source, output = Path(config.model.path), Path(config.output_dir or "")
+    if not config.reverse and not chatglm.is_original(source):
+        raise UserError(
+            f"model.path={source} is no ChatGLM folder in its original layout; other models need no conversion"
+        )
+    console.print(f"{source} -> {output}")
+    if not dry_run:
+        (chatglm.to_original if config.reverse else chatglm.to_glm)(source, output, config.overwrite)
+    return 0

@@ -136,4 +136,6 @@ class Config(Strict):
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
 
+    reverse: bool
+
     output_dir: str | None

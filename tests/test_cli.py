@@ -179,3 +179,31 @@ def test_shell_completion_is_wired(tmp_path: Path) -> None:
     }
     done = longalign(cwd=tmp_path, env=environment)
     assert "strategy=sorted" in done.stdout
+
+
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    golden, original = Path(__file__).parent / "golden", tmp_path / "original"
+    original.mkdir()
+    shutil.copy(golden / "chatglm_forward" / "model.safetensors", original)
+    shutil.copy(golden / "chatglm_forward" / "config_ratio1.json", original / "config.json")
+    shutil.copy(golden / "chatglm_tokenizer" / "tokenizer.model", original)
+    refused = longalign("chat", "model=chatglm3-6b", f"model.path={original}", "cluster=cpu", "prompt=x", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "longalign convert model.path=" in refused.stderr
+    done = longalign("convert", "model=chatglm3-6b", f"model.path={original}", "output_dir=glm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "glm")).__name__ == "GlmForCausalLM"
+    assert AutoTokenizer.from_pretrained(tmp_path / "glm")("你好")["input_ids"][:2] == [2001, 2003]
+    back = longalign("convert", "model.path=glm", "reverse=true", "output_dir=back", cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    before, after = load_file(original / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) and before[key].dtype == after[key].dtype for key in before)
+    wrong = longalign("convert", "model.path=glm", "output_dir=other", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "need no conversion" in wrong.stderr

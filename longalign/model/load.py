@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from longalign.errors import UserError
 from longalign.files import read_json
+from longalign.model import chatglm
 from longalign.model.cost import shape_of
 from longalign.model.rope import check_inv_freq, restore_inv_freq, set_theta
 from longalign.progress import console
@@ -23,6 +24,11 @@ RECORD = "longalign.json"  # beside an exported model: the template it was train
 
 def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
     """kind.from_pretrained(path), with the usual failures told in one message."""
+    if chatglm.is_original(Path(path)):
+        raise UserError(
+            f"{setting}={path} is in ChatGLM's original layout; "
+            f"`longalign convert model.path={path} output_dir=NEW` makes a folder to use instead"
+        )
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{setting}={path}: no such folder")
     try:

@@ -1,0 +1,91 @@
+"""ChatGLM3's tokenizer as a native fast tokenizer, from `tokenizer.model` alone.
+
+The original is sentencepiece BPE with nine special tokens numbered after its vocabulary. Text can never become one of
+them: users type `<|user|>` and get ordinary pieces. There is one exception, which the models were trained with: the
+original looks ids up by spelling, special tokens first, so a piece spelled `sop` or `eop` has the id of the special
+token (also in decoding, which skips it with the special tokens), and the piece's own id is never used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+
+from longalign.errors import UserError
+
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLES]  # ids follow the sentencepiece vocabulary
+
+
+def chatglm_tokenizer(tokenizer_model: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of ChatGLM3 from its sentencepiece file: tokenizer(text) is `[gMASK] sop` and the text's ids.
+
+    EOS is `</s>`, padding `<unk>`, there is no BOS. Saved with save_pretrained, it loads in AutoTokenizer with the same
+    ids. Raises UserError for a file that is not such a model.
+    """
+    proto = read_sentencepiece(tokenizer_model)
+    kind = proto.SentencePiece
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    # a whole control or byte piece, say `</s>` or `<0x0A>`, is never made of characters of a text
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
+    merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
+
+    special = {token: len(ids) + i for i, token in enumerate(SPECIAL)}
+    shadowed = {f"<piece:{token}>": token for token in special if token in ids}
+    vocab = {**ids, **special, **{name: ids[token] for name, token in shadowed.items()}}
+    unk = proto.trainer_spec.unk_piece
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            *[decoders.Replace(name, token) for name, token in shadowed.items()],
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    control = [piece.piece for piece in proto.pieces if piece.type in (kind.UNKNOWN, kind.CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in [*control, *special]])
+    prefix = [(token, special[token]) for token in ("[gMASK]", "sop")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] sop $A", pair="[gMASK] sop $A $B:1", special_tokens=prefix
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unk,
+        pad_token=unk,
+        eos_token=proto.trainer_spec.eos_piece,
+        extra_special_tokens=[t for t in [*control, *special] if t not in (unk, proto.trainer_spec.eos_piece)],
+        split_special_tokens=True,  # or `<|user|>` typed by a user would be the special token
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """The sentencepiece model, as protobuf, if of the kind whose segmentation we reproduce; else raises UserError."""
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (OSError, ValueError, DecodeError) as error:
+        raise UserError(f"{path} is no sentencepiece model: {error}") from None
+    trainer, normalizer, kind = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
+    same = {
+        "BPE": trainer.model_type == trainer.BPE,
+        "byte fallback": trainer.byte_fallback,
+        "no normalisation": not normalizer.precompiled_charsmap,
+        "a dummy prefix": normalizer.add_dummy_prefix and not trainer.treat_whitespace_as_suffix,
+        "kept whitespace": normalizer.escape_whitespaces and not normalizer.remove_extra_whitespaces,
+        "no user-defined pieces": all(piece.type != kind.USER_DEFINED for piece in proto.pieces),
+    }
+    if missing := [name for name, holds in same.items() if not holds]:
+        raise UserError(f"{path} is not ChatGLM3's kind of sentencepiece model, which has {', '.join(missing)}")
+    return proto
