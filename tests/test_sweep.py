@@ -54,4 +54,4 @@ def test_each_run_of_a_sweep_has_its_own_folder() -> None:
     folder = lambda swept, fixed=(): own_folder(config, "train", list(swept), list(fixed)).output_dir
     assert folder(["strategy=sorted"]) == "runs/llama2-7b/10k/sorted", "already in the path"
     assert folder(["strategy=sorted", "seed=3"]) == "runs/llama2-7b/10k/sorted/seed=3"
-    assert folder(["strategy=sorted"], ["output_dir=x"]) == "runs/llama2-7b/10k/sorted/strategy=sorted"
+    assert folder(["strategy=sorted"], ["output_dir"]) == "runs/llama2-7b/10k/sorted/strategy=sorted"
