@@ -20,7 +20,7 @@ from rich.text import Text
 
 from longalign.config import to_yaml
 from longalign.data.packing import idle_share
-from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan
+from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, steps_to_train
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
@@ -63,10 +63,10 @@ def worker_command(run: Path) -> list[str]:
     return [sys.executable, "-m", "longalign.train.worker", str(run / "config.yaml")]
 
 
-def describe(config: Config, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:
+def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:
     """What `train` is about to do, as lines of a table; warns if ranks will idle."""
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
-    steps = min(manifest["steps"], config.max_steps or manifest["steps"])
+    steps = steps_to_train(manifest["steps"], config)
     backend, why = attention.choose_backend(config.model.attention, config.cluster.device)
     ranks = int(config.cluster.processes)
     packs = plan.step(1)
@@ -75,7 +75,7 @@ def describe(config: Config, manifest: dict[str, Any], plan: Plan, how: str) -> 
         warn(f"{len(packs)} packs per step on {ranks} ranks: {idle:.0%} of the time is idle; raise packs_per_step")
     dtype = str(resolve_dtype(config, config.cluster.device)).removeprefix("torch.")
     return [
-        ("model", f"{config.model.path}, {count_parameters(config):,} parameters, {dtype}"),
+        ("model", f"{config.model.path}, {parameters:,} parameters, {dtype}"),
         ("data", f"{config.data_dir}"),
         ("plan", how),
         ("steps", f"{steps:,} ({first['steps']:,} an epoch, {config.epochs} epochs)"),
@@ -97,7 +97,8 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     run = Path(config.output_dir or "")
     check_run_folder(run, config)
     data = check_data(config)
-    check_room(config, run)
+    parameters = count_parameters(config)
+    check_room(config, run, parameters)
     if start := checkpoint.find(config):
         checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
     if dry_run:
@@ -107,7 +108,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
             folder = shared if fresh else Path(scratch) / "plan"
             manifest = read_json(folder / "manifest.json") if fresh else group(config, folder)
             how = str(shared) if fresh else "would be grouped first"
-            return config, describe(config, manifest, Plan(folder, data), how)
+            return config, describe(config, parameters, manifest, Plan(folder, data), how)
     replaces = config.overwrite and config.resume == "none" and run.is_dir()
     if replaces:
         shutil.rmtree(replaced(run), ignore_errors=True)
@@ -115,7 +116,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     try:
         manifest, how = prepare_plan(config, run)
         write_text(run / "config.yaml", to_yaml(config))
-        return config, describe(config, manifest, Plan(run / "plan", data), how)
+        return config, describe(config, parameters, manifest, Plan(run / "plan", data), how)
     except BaseException:
         if replaces:
             shutil.rmtree(run, ignore_errors=True)
@@ -129,9 +130,9 @@ def replaced(run: Path) -> Path:
 
 
 def is_finished(run: Path, config: Config) -> bool:
-    steps = read_json(run / "plan" / "manifest.json")["steps"]
+    planned = read_json(run / "plan" / "manifest.json")["steps"]
     rows = read_metrics(run / "metrics.jsonl")
-    done = bool(rows) and rows[-1]["step"] >= min(steps, config.max_steps or steps)
+    done = bool(rows) and rows[-1]["step"] >= steps_to_train(planned, config)
     return done and (run / "model" / "config.json").is_file()
 
 

@@ -41,9 +41,8 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
 
 
-def check_room(config: Config, run: Path) -> None:
+def check_room(config: Config, run: Path, parameters: int) -> None:
     """Raises UserError if disk or memory cannot hold what is about to run (preflight=false only warns)."""
-    parameters = count_parameters(config)
     device, host = memory_needs(config, parameters)
     checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
     problems = []

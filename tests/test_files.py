@@ -64,6 +64,23 @@ def test_memory_of_the_papers_run(tmp_path: Path, run_config: Callable[..., Conf
     assert memory_needs(config, 7_000_000_000) == (pytest.approx(7e9 * 18), 0)
 
 
+def test_too_little_memory_is_refused_or_only_warned_of(
+    tmp_path: Path, run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from longalign import launch, preflight
+
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
+    with pytest.raises(UserError, match=r"this machine has 9\.8 KiB.*preflight=false starts anyway"):
+        preflight.check_room(launch.resolve(run_config(tmp_path)), tmp_path, parameters=100_000)
+    warned: list[str] = []
+    monkeypatch.setattr(preflight, "warn", warned.append)
+    preflight.check_room(launch.resolve(run_config(tmp_path, "preflight=false")), tmp_path, parameters=100_000)
+    assert len(warned) == 1
+    assert "9.8 KiB" in warned[0]
+
+
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
     write_text(tmp_path / "a", "two")

@@ -148,6 +148,11 @@ def _statistics(table: pa.Table, config: Config) -> dict[str, Any]:
     }
 
 
+def steps_to_train(planned: int, config: Config) -> int:
+    """The steps of a plan, or max_steps if that ends the run earlier."""
+    return min(planned, config.max_steps or planned)
+
+
 def is_fresh(folder: Path, wanted: dict[str, Any]) -> bool:
     try:
         return read_json(folder / "manifest.json")["identity"] == wanted

@@ -189,9 +189,12 @@ def sources(config: Config) -> dict[bool, list[Path]]:
     return files
 
 
+def total_bytes(files: dict[bool, list[Path]]) -> int:
+    return sum(f.stat().st_size for group in files.values() for f in group)
+
+
 def count_processes(config: Config, files: dict[bool, list[Path]]) -> int:
-    size = sum(f.stat().st_size for group in files.values() for f in group)
-    wanted = config.num_proc or min(os.cpu_count() or 1, 1 + size // BYTES_PER_PROCESS)
+    wanted = config.num_proc or min(os.cpu_count() or 1, 1 + total_bytes(files) // BYTES_PER_PROCESS)
     return int(wanted)
 
 
@@ -201,8 +204,7 @@ def tokenize(config: Config) -> dict[str, Any]:
     assert config.output_dir is not None
     output = Path(config.output_dir)
     processes = count_processes(config, files)
-    size = sum(f.stat().st_size for group in files.values() for f in group)
-    require_disk(output, 4.0 * size, "output_dir")  # 2 x int32 a token of ~4 bytes, staged and final
+    require_disk(output, 4.0 * total_bytes(files), "output_dir")  # 2 x int32 a token of ~4 bytes, staged and final
     tokenizer = load_tokenizer(config)
     ledgers = {stem(str(file)): Ledger() for group in files.values() for file in group}
 

@@ -23,11 +23,9 @@ def run(config: Config, dry_run: bool) -> int:
         raise UserError("task=[] asks nothing; one of: needle")
     if dry_run:
         load_config(config)
-        if task:
-            cells = len(task.lengths) * len(task.depths)
-            total = cells * task.documents * (1 + task.without_document)
-            tokens = sum(task.lengths) * len(task.depths) * task.documents
-            console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens -> {output}")
+        total = len(task.lengths) * len(task.depths) * task.documents * (1 + task.without_document)
+        tokens = sum(task.lengths) * len(task.depths) * task.documents
+        console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens -> {output}")
         return 0
     generator = Generator(config)
     with disk_errors(output, "output_dir"):
@@ -40,13 +38,11 @@ def run(config: Config, dry_run: bool) -> int:
             "versions": versions("transformers", "torch"),
             "tasks": {},
         }
-        if task:
-            summary, rows = needle.run(task, generator, config.seed)
-            results["tasks"]["needle"] = {"settings": task.model_dump(), **summary}
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(output / "needle.jsonl", lines)
-            needle_heatmap(summary, output / "needle.png", Path(config.model.path).name)
-            console.print(needle_table(summary))
+        summary, rows = needle.run(task, generator, config.seed)
+        results["tasks"]["needle"] = {"settings": task.model_dump(), **summary}
+        write_text(output / "needle.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        needle_heatmap(summary, output / "needle.png", Path(config.model.path).name)
+        console.print(needle_table(summary))
         write_json(output / "results.json", results)
     console.print(f"written to {output}")
     return 0

@@ -60,6 +60,7 @@ def complete(folder: Path) -> list[Path]:
 
 def abandon_after(folder: Path, step: int) -> None:
     """Rename checkpoints beyond the one resumed from: they belong to a course of training that was left."""
+    dist.barrier()  # all ranks have chosen their checkpoint among the names that stand here now
     if dist.get_rank() == 0:
         for path in complete(folder):
             if path.name > name(step):

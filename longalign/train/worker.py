@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from longalign.config import load_frozen
 from longalign.data.batch import Batch, load_batch
 from longalign.data.packing import deal
-from longalign.data.plan import Pack, Plan, read_data
+from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
 from longalign.model.loss import Average, StepTotals, batch_weights
 from longalign.model.rope import check_inv_freq, restore_inv_freq
@@ -86,7 +86,7 @@ def train(config: Config) -> None:
     run, rank, device = Path(config.output_dir), dist.get_rank(), config.cluster.device
     dataset, data = read_data(config.data_dir)
     plan = Plan(run / "plan", data)
-    n_steps = min(plan.n_steps, config.max_steps or plan.n_steps)
+    n_steps = steps_to_train(plan.n_steps, config)
     engine = build_engine(config, dist.get_world_size())
     restore_inv_freq(engine.module)
     check_inv_freq(engine.module, config.model.rope.theta)
