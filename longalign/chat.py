@@ -33,7 +33,7 @@ def answer(generator: Generator, messages: Messages, max_new_tokens: int, stoppa
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    stream = Stream(generator.decode, generator.template.stop_ids, write)
+    stream = Stream(generator.decode, generator.stops, write)
     try:
         generator.generate([prompt], max_new_tokens, stream)
     except KeyboardInterrupt:

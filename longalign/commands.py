@@ -61,8 +61,6 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "rows kept": "rows_kept",
         "rows not chosen by datanum": "rows_not_chosen",
         "rows cut to max_length": "truncated",
-        "system put into user turn": "system_merged_into_user",
-        "unanswered last turn left out": "unanswered_last_turn_left_out",
         "tokens in": "tokens_in",
         "tokens kept": "tokens_kept",
         "targets in": "targets_in",
@@ -70,8 +68,10 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
     }
     for label, key in lines.items():
         table.add_row(label, *(f"{entry[key]:,}" for entry in ledger.values()))
-    for reason in sorted({reason for entry in ledger.values() for reason in entry["dropped"]}):
-        table.add_row(f"dropped: {reason}", *(f"{entry['dropped'].get(reason, 0):,}" for entry in ledger.values()))
+    for kind in ("changes", "dropped"):
+        for reason in sorted({reason for entry in ledger.values() for reason in entry[kind]}):
+            label = f"dropped: {reason}" if kind == "dropped" else reason
+            table.add_row(label, *(f"{entry[kind].get(reason, 0):,}" for entry in ledger.values()))
     return table
 
 

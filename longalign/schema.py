@@ -30,6 +30,7 @@ class Model(Strict):
     path: str
     tokenizer: str
     template: Literal["longalign-llama", "longalign-chatglm", "chat_template", "text"]
+    chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
     dtype: Literal["auto", "float32", "bfloat16"]
     attention: Literal["auto", "varlen", "sdpa"]

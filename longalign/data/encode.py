@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from longalign.data.messages import BadSample, Raw, conversation, read, understand
-from longalign.data.template import Template, truncate
-from longalign.model.load import load_tokenizer, template_name
+from longalign.data.messages import SYSTEM_MERGED, BadSample, Raw, conversation, read, understand
+from longalign.data.truncate import truncate
+from longalign.model.load import load_template
 from longalign.schema import Config
 
 CHUNK_BYTES = 1 << 20  # raw bytes in one task of a worker process
@@ -33,8 +33,7 @@ class Encoded:
     targets_in: int = 0
     tokens_cut: int = 0
     n_cut: int = 0
-    merged_system: bool = False
-    unanswered: bool = False
+    changes: Counter[str] = field(default_factory=Counter)  # to the messages, see messages.conversation
     rows_dropped: Counter[str] = field(default_factory=Counter)  # reasons, where other rows of the record are kept
 
 
@@ -43,8 +42,7 @@ class Encoder:
 
     def __init__(self, config: Config):
         self.max_length, self.how = config.max_length, config.truncate
-        self.template = Template(template_name(config), load_tokenizer(config))
-        self.places_system = self.template.has_system
+        self.template = load_template(config)
 
     def __call__(self, raw: Raw) -> Encoded:
         out = Encoded(raw.file, raw.line)
@@ -55,9 +53,9 @@ class Encoder:
                     raise BadSample('no "text"')
                 rows = [self.template.text_row(sample["text"])]
             else:
-                messages = conversation(sample)
-                out.unanswered = len(messages) < len(sample["messages"])
-                out.merged_system = messages[0]["role"] == "system" and not self.places_system
+                messages, out.changes = conversation(sample)
+                if messages[0]["role"] == "system" and not self.template.has_system:
+                    out.changes[SYSTEM_MERGED] += 1
                 rows = self.template.rows(messages)
             out.tokens_in = sum(len(row.input_ids) for row in rows)
             out.targets_in = sum(row.n_target for row in rows)
@@ -75,6 +73,7 @@ class Encoder:
         except BadSample as reason:
             out.dropped = str(reason)
             out.rows_dropped.clear()
+            out.changes.clear()
         return out
 
 

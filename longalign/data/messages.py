@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from longalign.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 ROLES = ("system", "user", "assistant")
+SYSTEM_MERGED = "system message put into a user turn"
 # Invisible characters that answers scraped from web pages carry (the reference removes them too).
 ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
@@ -117,38 +119,67 @@ def understand(raw: Raw) -> dict[str, Any]:
     return value
 
 
-def conversation(sample: dict[str, Any]) -> Messages:
-    """The sample's messages, checked: an optional system message, then user and assistant in turn.
+def conversation(sample: dict[str, Any]) -> tuple[Messages, Counter[str]]:
+    """The sample's messages in the one form templates expect, and what had to be changed for that, counted.
 
-    None content becomes an empty string; zero-width characters leave answers; a last user message that nobody
-    answered is left out. Raises BadSample for anything else.
+    The form: at most one system message, then user and assistant in turn, ending with an answer. Roles are paired by
+    name: turns of one role in a row are joined by a blank line, an answer to nothing and a question without an answer
+    are left out, a later system message goes into the user turn that follows it. None content is empty; zero-width
+    characters leave answers. Raises BadSample if no answered question is there.
     """
     messages = sample.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadSample("no messages")
-    checked: Messages = []
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message:
-            raise BadSample("message without a role")
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            raise BadSample(f"unknown role {str(role)[:20]!r}")
-        if not isinstance(content, str | None):
-            raise BadSample("content is not text")
-        content = content or ""
-        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-            raise BadSample("half of a surrogate pair in the text")
-        checked.append({"role": role, "content": content.translate(ZERO_WIDTH) if role == "assistant" else content})
-    turns = checked[1:] if checked[0]["role"] == "system" else checked
+    system: list[str] = []
+    turns: Messages = []
+    changes: Counter[str] = Counter()
+    for role, content in map(_checked, messages):
+        if role == "system":
+            system.append(content)
+        elif role == "user":
+            if turns and system:  # inside the conversation; one before it stays until the end
+                changes[SYSTEM_MERGED] += 1
+                content, system = _joined(*system, content), []
+            if turns and turns[-1]["role"] == "user":
+                changes["user turns in a row joined"] += 1
+                content = _joined(turns.pop()["content"], content)
+            turns.append({"role": role, "content": content})
+            if len(turns) == 1:
+                opening, system = _joined(*system), []
+        elif not turns:
+            changes["answer without a question left out"] += 1
+        elif turns[-1]["role"] == "assistant":
+            changes["answers in a row joined"] += 1
+            turns[-1]["content"] = _joined(turns[-1]["content"], content)
+        else:
+            turns.append({"role": role, "content": content})
     if turns and turns[-1]["role"] == "user":
-        turns = turns[:-1]
-        checked = checked[:-1]
+        changes["unanswered last turn left out"] += 1
+        turns.pop()
     if not turns:
         raise BadSample("no answered question")
-    for place, turn in enumerate(turns):
-        if turn["role"] != ("user", "assistant")[place % 2]:
-            raise BadSample("roles do not alternate")
-    return checked
+    if system:
+        changes["system message at the end left out"] += 1
+    return ([{"role": "system", "content": opening}] if opening else []) + turns, changes
+
+
+def _checked(message: Any) -> tuple[str, str]:
+    """(role, content) of one message. Raises BadSample."""
+    if not isinstance(message, dict) or "role" not in message:
+        raise BadSample("message without a role")
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        raise BadSample(f"unknown role {str(role)[:20]!r}")
+    if not isinstance(content, str | None):
+        raise BadSample("content is not text")
+    content = content or ""
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        raise BadSample("half of a surrogate pair in the text")
+    return role, content.translate(ZERO_WIDTH) if role == "assistant" else content
+
+
+def _joined(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
 def merge_system(messages: Messages) -> Messages:
@@ -156,4 +187,4 @@ def merge_system(messages: Messages) -> Messages:
     if messages[0]["role"] != "system":
         return messages
     system, user, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    return [{"role": "user", "content": _joined(system["content"], user["content"])}, *rest]

@@ -14,13 +14,12 @@ assistant turns end with a token of their own.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from jinja2 import TemplateError
-
+from longalign.data.jinja import ChatTemplate, Segment, special_tokens
 from longalign.data.messages import BadSample, Messages, merge_system
-from longalign.errors import UserError
 
 IGNORE = -100
 
@@ -32,11 +31,6 @@ LLAMA_JINJA = (
     "{{ '[INST]' + (system if loop.first else '') + m['content'] + '[/INST]' }}{% else %}{{ m['content'] }}"
     "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
 )
-
-
-class Segment(NamedTuple):
-    text: str
-    is_target: bool
 
 
 @dataclass(frozen=True)
@@ -51,42 +45,26 @@ class Row:
         return sum(label != IGNORE for label in self.labels)
 
 
-Truncate = Literal["right", "middle", "drop", "error"]
+SHIELD = "\ufdd0"  # a code point that no text has; within a special token's spelling it says: only text
 
 
-@dataclass
 class Template:
-    """`name` is one of longalign-llama, longalign-chatglm, chat_template, text (see schema.Config.template)."""
+    """`name` is one of longalign-llama, longalign-chatglm, chat_template, text (see schema.Config.template).
 
-    name: str
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    arguments: for chat_template, passed on to it. Raises UserError if the tokenizer has no chat template.
+    """
 
-    def __post_init__(self) -> None:
-        if self.name == "chat_template" and not self.tokenizer.chat_template:
-            raise UserError(
-                "template=chat_template, but the tokenizer has none (a base model?); "
-                "choose template=longalign-llama, longalign-chatglm or text"
-            )
+    def __init__(self, name: str, tokenizer: Any, arguments: dict[str, Any] | None = None):
+        self.name, self.tokenizer = name, tokenizer
+        self.jinja = ChatTemplate(tokenizer, arguments or {}) if name == "chat_template" else None
+        self.has_system = self.jinja is not None and self.jinja.has_system
         # A Jinja template may end answers with nothing of its own: then EOS ends them, as in the others.
-        self.eos_after_answer = self.name != "chat_template" or self._turn_end() is None
-
-    def _turn_end(self) -> int | None:
-        """The special token that a Jinja template puts right after an answer."""
-        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\u241f"}]
-        tail = self._jinja_segments(probe)[-1][-1].text.rpartition("\u241f")[2]
-        ids = self._ids(tail)
-        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
-
-    @property
-    def has_system(self) -> bool:
-        """Whether the template has a place of its own for a system message."""
-        if self.name != "chat_template":
-            return False
-        probe = [{"role": "system", "content": "\u241f"}, {"role": "user", "content": "x"}]
-        try:
-            return "\u241f" in self._render(probe, ask=True)
-        except Exception:  # Jinja templates refuse a system role with errors of their own
-            return False
+        self.eos_after_answer = self.jinja is None or self.jinja.end_of_turn is None
+        # ChatGLM's tokenizer never reads a special token from text.
+        spellings = [] if tokenizer.split_special_tokens else [t for t in special_tokens(tokenizer) if len(t) > 1]
+        self.special = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        bos = tokenizer.bos_token or ""
+        self.prefix_at_start_only = bool(bos) and self._plain(bos + "x")[1:] != self._plain("x")
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -95,23 +73,16 @@ class Template:
 
         Raises BadSample if no target comes of it.
         """
-        if not self.has_system:
-            messages = merge_system(messages)
-        if self.name == "chat_template":
-            try:
-                rows = [self._assemble(s, self.eos_after_answer) for s in self._jinja_segments(messages)]
-            except TemplateError as error:  # the template's own rules about roles
-                raise BadSample(f"refused by the chat template: {error}") from None
-        else:
-            rows = [self._assemble(self._segments(messages), eos_after_answer=True)]
-        rows = [row for row in rows if row.n_target]
+        messages = self._prepared(messages)
+        segments = self.jinja.rows(messages) if self.jinja else [self._segments(messages)]
+        rows = [row for row in (self._assemble(s, self.eos_after_answer) for s in segments) if row.n_target]
         if not rows:
             raise BadSample("no target")
         return rows
 
     def text_row(self, text: str) -> Row:
         """Encode a document for continued training: every token a target, EOS at the end."""
-        ids = [*self._start(), *self._first_ids(text), self.tokenizer.eos_token_id]
+        ids = [*self._start(), *self._ids(self._shielded(text), first=True), self.tokenizer.eos_token_id]
         if len(ids) < 2:
             raise BadSample("no target")
         return Row(ids, [IGNORE, *ids[1:]])
@@ -122,10 +93,9 @@ class Template:
         """Encode a conversation that ends with a user turn, up to where the answer begins."""
         if messages[-1]["role"] != "user":
             raise ValueError("a prompt ends with a user message")
-        if not self.has_system:
-            messages = merge_system(messages)
-        if self.name == "chat_template":
-            segments = self._asked_segments(messages)
+        messages = self._prepared(messages)
+        if self.jinja:
+            segments = self.jinja.asked(messages)
         elif self.name == "text":
             segments = [Segment(messages[-1]["content"], False)]
         else:
@@ -136,11 +106,19 @@ class Template:
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: EOS, and the end-of-turn token of a Jinja template."""
         stops = {self.tokenizer.eos_token_id}
-        if self.name == "chat_template":
-            stops.add(self._turn_end())
-        return sorted(i for i in stops if i is not None)
+        if self.jinja and self.jinja.end_of_turn:
+            stops.add(self.tokenizer.convert_tokens_to_ids(self.jinja.end_of_turn))
+        return sorted(stops)
 
     # -- segments ---------------------------------------------------------------------------------
+
+    def _prepared(self, messages: Messages) -> Messages:
+        messages = messages if self.has_system else merge_system(messages)
+        return [{**message, "content": self._shielded(message["content"])} for message in messages]
+
+    def _shielded(self, text: str) -> str:
+        """What people write stays text, also `</s>` in a web page or `<|im_end|>` in a prompt."""
+        return self.special.sub(lambda found: found[0][0] + SHIELD + found[0][1:], text)
 
     def _segments(self, messages: Messages) -> list[Segment]:
         """longalign-llama and longalign-chatglm: rounds joined by a blank line."""
@@ -158,45 +136,6 @@ class Template:
             segments.append(Segment(text, False))
         return segments
 
-    def _render(self, messages: Messages, ask: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-
-    def _split(self, messages: Messages, start: int, text: str) -> list[Segment]:
-        """The segments of `text` = the rendered `messages`, whose turns from `start` on extend each other."""
-        segments, done = [], 0
-        for place in range(start, len(messages), 1):
-            if messages[place]["role"] != "assistant":
-                continue
-            asked = self._render(messages[:place], ask=True)
-            answered = self._render(messages[: place + 1], ask=False)
-            if not (answered.startswith(asked) and text.startswith(answered)):
-                raise _Rewrites
-            segments += [Segment(asked[done:], False), Segment(answered[len(asked) :], True)]
-            done = len(answered)
-        return segments if done == len(text) else [*segments, Segment(text[done:], False)]
-
-    def _jinja_segments(self, messages: Messages) -> list[list[Segment]]:
-        """One list of segments, or one per assistant turn if rendering a turn changes earlier ones."""
-        try:
-            return [self._split(messages, 0, self._render(messages, ask=False))]
-        except _Rewrites:
-            rows = []
-            for place, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    head = messages[: place + 1]
-                    asked, answered = self._render(head[:-1], ask=True), self._render(head, ask=False)
-                    if not answered.startswith(asked):
-                        raise BadSample("the chat template does not continue its own prompt") from None
-                    rows.append([Segment(asked, False), Segment(answered[len(asked) :], True)])
-            return rows
-
-    def _asked_segments(self, messages: Messages) -> list[Segment]:
-        text = self._render(messages, ask=True)
-        try:
-            return self._split(messages, 0, text)
-        except _Rewrites:
-            return [Segment(text, False)]
-
     # -- ids --------------------------------------------------------------------------------------
 
     def _start(self) -> list[int]:
@@ -204,27 +143,42 @@ class Template:
 
         transformers >= 5 adds no BOS when a Llama tokenizer is read from `tokenizer.model` alone; its training had one.
         """
-        if self.name == "chat_template":  # a Jinja template writes its own
+        if self.jinja:  # it writes its own
             return []
         ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
         ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         bos = self.tokenizer.bos_token_id
         return ids or ([] if bos is None else [bos])
 
-    def _first_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    def _plain(self, text: str, **kwargs: Any) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)["input_ids"] if text else []
 
-    def _ids(self, text: str) -> list[int]:
-        """The ids of a segment within a conversation.
+    def _ids(self, text: str, first: bool) -> list[int]:
+        """The ids of a segment; first: it begins the conversation.
 
-        It is encoded behind a BOS, which is then taken off: at the start of a text a sentencepiece tokenizer would
-        add a space that is not there (Llama-2's; its `legacy` variant and ChatGLM's add one to every segment).
+        Llama-2's sentencepiece tokenizer adds a space at the start of a text. A later segment is no such start, so
+        it is encoded behind a BOS, which is then taken off. (Its `legacy` variant and ChatGLM's add one everywhere.)
         """
-        if not text:
-            return []
-        mark = self.tokenizer.bos_token or ""
-        ids = self.tokenizer(mark + text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids[1:] if mark else ids
+        if SHIELD in text:
+            return self._shielded_ids(text, first)
+        if first or not text or not self.prefix_at_start_only:
+            return self._plain(text)
+        return self._plain(self.tokenizer.bos_token + text)[1:]
+
+    def _shielded_ids(self, text: str, first: bool) -> list[int]:
+        """Special tokens that the template wrote become their ids, those that people wrote stay text."""
+        ids: list[int] = []
+        pieces = re.split(f"({self.special.pattern})", text)
+        for place, piece in enumerate(pieces):
+            said = piece.replace(SHIELD, "")
+            if place % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            elif (first and not ids) or not self.prefix_at_start_only:
+                ids += self._plain(said, split_special_tokens=True)
+            else:  # behind a line break, which merges with nothing: BOS itself would be read as text here
+                start = len(self._plain("\n", split_special_tokens=True))
+                ids += self._plain("\n" + said, split_special_tokens=True)[start:]
+        return ids
 
     def _assemble(self, segments: list[Segment], eos_after_answer: bool = False) -> Row:
         eos = self.tokenizer.eos_token_id
@@ -232,7 +186,7 @@ class Template:
         labels = [IGNORE] * len(ids)
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
         for place, segment in enumerate(segments):
-            piece = self._ids(segment.text) if place else self._first_ids(segment.text)
+            piece = self._ids(segment.text, first=place == 0)
             piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
             if end_of_answer and piece_labels:
                 piece_labels[0] = eos
@@ -245,41 +199,3 @@ class Template:
         if labels:
             labels[0] = IGNORE  # nothing comes before it that could predict it
         return Row(ids, labels)
-
-
-class _Rewrites(Exception):
-    """Rendering a longer conversation changes the text of its beginning."""
-
-
-def truncate(row: Row, max_length: int, how: Truncate) -> Row:
-    """Cut a row to `max_length` tokens. Raises BadSample if that is not allowed or leaves no target.
-
-    right: keep the beginning, as the paper. middle: cut the middle out of the longest stretch without targets,
-    normally the document of the first question, so that its head, the question and the answers stay.
-    """
-    excess = len(row.input_ids) - max_length
-    if excess <= 0:
-        return row
-    if how in ("drop", "error"):
-        raise BadSample("too long")
-    start, stop = max_length, len(row.input_ids)
-    if how == "middle":
-        first, last = _longest_without_target(row.labels)
-        if last - first <= excess:
-            raise BadSample("too long: the answers alone exceed max_length")
-        start = first + (last - first - excess) // 2
-        stop = start + excess
-    cut = Row(row.input_ids[:start] + row.input_ids[stop:], row.labels[:start] + row.labels[stop:])
-    if not cut.n_target:
-        raise BadSample("no target left after truncation")
-    return cut
-
-
-def _longest_without_target(labels: list[int]) -> tuple[int, int]:
-    best, first = (0, 0), 0
-    for place, label in enumerate([*labels, 0]):
-        if label != IGNORE:
-            if place - first > best[1] - best[0]:
-                best = (first, place)
-            first = place + 1
-    return best

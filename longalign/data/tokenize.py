@@ -26,7 +26,7 @@ from longalign.data.encode import Encoded, encode
 from longalign.data.messages import expand
 from longalign.errors import UserError
 from longalign.files import fresh_folder, require_disk, versions, write_json
-from longalign.model.load import load_config, load_tokenizer, template_name, tokenizer_hash
+from longalign.model.load import load_config, load_tokenizer, template_settings, tokenizer_hash
 from longalign.progress import Bar
 from longalign.schema import Config
 
@@ -149,8 +149,7 @@ class Ledger:
     rows_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
-    system_merged_into_user: int = 0
-    unanswered_last_turn_left_out: int = 0
+    changes: Counter[str] = field(default_factory=Counter)  # to the messages of kept samples
     tokens_in: int = 0
     tokens_cut: int = 0
     tokens_kept: int = 0
@@ -164,15 +163,14 @@ class Ledger:
         self.targets_in += encoded.targets_in
         self.tokens_cut += encoded.tokens_cut
         self.truncated += encoded.n_cut
-        self.system_merged_into_user += encoded.merged_system
-        self.unanswered_last_turn_left_out += encoded.unanswered
+        self.changes += encoded.changes
         for reason, n in encoded.rows_dropped.items():
             self.dropped[f"{reason} (one turn of several)"] += n
         if encoded.dropped:
             self.dropped[encoded.dropped] += 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "dropped": dict(self.dropped.most_common())}
+        return {**self.__dict__, "dropped": dict(self.dropped.most_common()), "changes": dict(self.changes)}
 
 
 def sources(config: Config) -> dict[bool, list[Path]]:
@@ -240,7 +238,7 @@ def tokenize(config: Config) -> dict[str, Any]:
             "longest": int(np.max(table.with_format("numpy")["length"])),
             "tokenizer": config.model.tokenizer,
             "tokenizer_hash": tokenizer_hash(tokenizer),
-            "template": template_name(config),
+            **template_settings(config),
             "max_length": config.max_length,
             "truncate": config.truncate,
             "datanum": config.datanum.model_dump(),
@@ -261,8 +259,9 @@ def _account(encoded: Encoded, ledgers: dict[str, Ledger], stage: Stage, dropped
             f"{encoded.file}:{encoded.line} has {encoded.tokens_in} tokens, max_length={config.max_length}; "
             "raise max_length or choose truncate=right, middle or drop"
         )
-    if encoded.dropped:
-        entry = {"file": encoded.file, "line": encoded.line, "reason": encoded.dropped}
+    reasons = [encoded.dropped] if encoded.dropped else [change for change in encoded.changes if "left out" in change]
+    for reason in reasons:
+        entry = {"file": encoded.file, "line": encoded.line, "reason": reason, "rest_kept": not encoded.dropped}
         dropped.write(json.dumps(entry, ensure_ascii=False) + "\n")
     stage.add(encoded)
 

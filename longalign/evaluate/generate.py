@@ -9,9 +9,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from longalign.data.messages import Messages
-from longalign.data.template import Template
 from longalign.errors import UserError
-from longalign.model.load import load_model, load_tokenizer, resolve_device, resolve_dtype, template_name
+from longalign.model.load import load_model, load_template, resolve_device, resolve_dtype
 from longalign.schema import Config
 
 
@@ -20,9 +19,11 @@ class Generator:
 
     def __init__(self, config: Config):
         self.device = resolve_device(config)
-        self.template = Template(template_name(config), load_tokenizer(config))
+        self.template = load_template(config)
         self.tokenizer = self.template.tokenizer
         self.model = load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
+        also = self.model.generation_config.eos_token_id  # GLM-4 ends an answer with the next role's token
+        self.stops = sorted({*self.template.stop_ids, *([also] if isinstance(also, int) else also or [])})
         text_config = self.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.seed, self.temperature = config.seed, config.temperature
@@ -43,7 +44,7 @@ class Generator:
         self, prompts: list[list[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[list[int]]:
         """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked."""
-        pad, longest = self.template.stop_ids[0], max(map(len, prompts))
+        pad, longest = self.stops[0], max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         torch.manual_seed(self.seed)
@@ -54,15 +55,14 @@ class Generator:
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.template.stop_ids,
+            eos_token_id=self.stops,
             pad_token_id=pad,
             streamer=streamer,
             **sampling,
         )
-        stops = set(self.template.stop_ids)
         answers = []
         for row in out[:, longest:].tolist():
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            end = next((place for place, token in enumerate(row) if token in self.stops), len(row))
             answers.append(row[:end])
         return answers
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from longalign.data.template import Template
 from longalign.errors import UserError
 from longalign.files import read_json
 from longalign.model import chatglm
@@ -57,13 +58,22 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def template_name(config: Config) -> str:
-    """`template`, or for auto the one recorded beside the model, else the preset's."""
-    if config.template != "auto":
-        return config.template
+def template_settings(config: Config) -> dict[str, Any]:
+    """`template` and `chat_template_kwargs`; template=auto takes what is recorded beside the model, else the preset."""
     record = Path(config.model.path) / RECORD
-    recorded = read_json(record)["template"] if record.is_file() else "text"
-    return config.model.template if recorded == "text" else recorded  # a base is yet to learn a template
+    recorded = read_json(record) if record.is_file() else {}
+    learnt = recorded.get("template", "text") != "text"  # a base is yet to learn a template
+    name = config.template
+    if name == "auto":
+        name = recorded["template"] if learnt else config.model.template
+    arguments = {**(recorded.get("chat_template_kwargs") or {}), **config.model.chat_template_kwargs}
+    return {"template": name, "chat_template_kwargs": arguments}
+
+
+def load_template(config: Config) -> Template:
+    """The encoder of conversations for this model. Raises UserError."""
+    settings = template_settings(config)
+    return Template(settings["template"], load_tokenizer(config), settings["chat_template_kwargs"])
 
 
 def load_config(config: Config, shape_only: bool = False) -> Any:

@@ -9,9 +9,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from longalign.data.plan import read_data
 from longalign.data.template import LLAMA_JINJA
 from longalign.files import disk_errors, fresh_folder, write_json
-from longalign.model.load import RECORD, load_tokenizer, template_name
+from longalign.model.load import RECORD, load_tokenizer
 from longalign.schema import Config
 
 
@@ -36,12 +37,13 @@ def export(engine: Any, config: Config, folder: Path) -> None:
         with disk_errors(folder, "output_dir"), fresh_folder(folder, ("*",), overwrite=True) as partial:
             model.save_pretrained(partial, state_dict=state)
             tokenizer = load_tokenizer(config)
-            template = template_name(config)
-            if template == "longalign-llama":
+            data = read_data(config.data_dir)[1]  # what was trained on tells how to ask, whatever the presets say now
+            template = {key: data[key] for key in ("template", "chat_template_kwargs")}
+            if template["template"] == "longalign-llama":
                 tokenizer.chat_template = LLAMA_JINJA
             tokenizer.save_pretrained(partial)
             write_json(
                 partial / RECORD,
-                {"template": template, "max_length": config.max_length, "base": config.init_from or config.model.path},
+                {**template, "max_length": config.max_length, "base": config.init_from or config.model.path},
             )
     dist.barrier()

@@ -89,9 +89,8 @@ U, A, S = message("user", "q"), message("assistant", "a"), message("system", "s"
         ([message("human", "q"), A], "unknown role 'human'"),
         ([U], "no answered question"),
         ([S], "no answered question"),
-        ([A, U], "roles do not alternate"),
-        ([U, U, A], "roles do not alternate"),
-        ([U, A, S, U, A], "roles do not alternate"),
+        ([A], "no answered question"),
+        ([A, U], "no answered question"),
         ([message("user", 3), A], "content is not text"),  # type: ignore[arg-type]
     ],
 )
@@ -100,10 +99,34 @@ def test_bad_conversations_say_why(messages: object, reason: str) -> None:
         conversation({"messages": messages})
 
 
-def test_what_is_mended() -> None:
-    mended = conversation({"messages": [S, message("user", None), message("assistant", "a\u200bb"), U]})
-    assert mended == [S, message("user", ""), message("assistant", "ab")]
-    assert merge_system(mended) == [message("user", "s\n\n"), message("assistant", "ab")]
+U2, A2 = message("user", "q2"), message("assistant", "a2")
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected", "changes"),
+    [
+        ([U, A], [U, A], {}),
+        ([S, U, A], [S, U, A], {}),
+        ([S, S, U, A], [message("system", "s\n\ns"), U, A], {}),
+        ([message("system", None), U, A], [U, A], {}),
+        ([U, A, U2], [U, A], {"unanswered last turn left out": 1}),
+        ([A, U, A2], [U, A2], {"answer without a question left out": 1}),
+        ([S, A, A, U, A2], [S, U, A2], {"answer without a question left out": 2}),
+        ([U, U2, A], [message("user", "q\n\nq2"), A], {"user turns in a row joined": 1}),
+        ([U, A, A2, U2, A], [U, message("assistant", "a\n\na2"), U2, A], {"answers in a row joined": 1}),
+        ([U, S, A], [U, A], {"system message at the end left out": 1}),
+        ([U, A, S, U2, A2], [U, A, message("user", "s\n\nq2"), A2], {"system message put into a user turn": 1}),
+        ([message("user", None), message("assistant", "a\u200bb")], [message("user", ""), message("assistant", "ab")], {}),
+    ],
+)  # fmt: skip
+def test_roles_are_paired_by_name(messages: list, expected: list, changes: dict[str, int]) -> None:
+    assert conversation({"messages": messages}) == (expected, changes)
+
+
+def test_a_system_message_goes_into_the_first_user_turn() -> None:
+    assert merge_system([S, U, A]) == [message("user", "s\n\nq"), A]
+    assert merge_system([S, message("user", ""), A]) == [message("user", "s"), A]
+    assert merge_system([U, A]) == [U, A]
 
 
 @pytest.mark.parametrize("line", [b"{not json", b"\xff\xfe", b"[1, 2]"])

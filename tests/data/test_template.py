@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from longalign.data.messages import BadSample, Messages
-from longalign.data.template import IGNORE, LLAMA_JINJA, Row, Template, truncate
+from longalign.data.template import IGNORE, LLAMA_JINJA, Row, Template
+from longalign.data.truncate import MARGIN, truncate
 from longalign.errors import UserError
 from tests.conftest import TINY, WORDS
 
@@ -102,7 +103,7 @@ def test_templates_that_rewrite_history_train_one_row_per_answer() -> None:
     rows = template.rows(messages)
     assert len(rows) == 2
     decode = template.tokenizer.decode
-    for row, answer in zip(rows, ("quiet|river<|im_end|>\n", "near|mill<|im_end|>\n"), strict=True):
+    for row, answer in zip(rows, ("quiet|river<|im_end|>", "near|mill<|im_end|>"), strict=True):
         assert decode([i for i in row.labels if i != IGNORE]) == answer
     assert "quiet" not in decode(rows[1].input_ids)
     prompt = template.prompt_ids(messages[:3])
@@ -158,8 +159,20 @@ def test_truncation() -> None:
     for how in ("drop", "error"):
         with pytest.raises(BadSample, match="too long"):
             truncate(row, 69, how)
-    middle = truncate(row, 40, "middle")
-    assert middle.input_ids == [*range(1, 11), *range(41, 71)]
+
+
+def test_truncation_in_the_middle() -> None:
+    """The cut lies inside the longest stretch without targets, and leaves its head and tail: the question."""
+    row = row_of((1000, False), (5, True), (300, False), (5, True))
+    assert truncate(row, 1310, "middle") == row, "an exact fit is not cut"
+    middle = truncate(row, 710, "middle")
+    assert middle.input_ids == [*range(1, 201), *range(801, 1311)]
     assert middle.n_target == 10
-    with pytest.raises(BadSample, match="answers alone"):
-        truncate(row, 20, "middle")
+    least = 1310 - (1000 - 2 * MARGIN)
+    assert truncate(row, least, "middle").input_ids[: 2 * MARGIN] == [*range(1, 65), *range(937, 1001)]
+    # no single stretch is long enough: nothing better is left than the paper's way
+    assert truncate(row_of((100, False), (5, True), (90, False), (50, True)), 150, "middle").input_ids == [
+        *range(1, 151)
+    ]
+    with pytest.raises(BadSample, match="no target left"):
+        truncate(row_of((100, False), (5, True)), 50, "middle")

@@ -50,12 +50,15 @@ def test_bad_samples_are_counted_and_named(tmp_path: Path, base_words: list[str]
     manifest = run(base_words, tmp_path / "out", f"long_file={long}", f"short_file={empty}")
     ledger = manifest["ledger"]["long"]
     assert ledger["samples_in"] == 7
-    assert ledger["unanswered_last_turn_left_out"] == 1
+    assert ledger["changes"] == {"unanswered last turn left out": 1}
     assert ledger["rows_kept"] == 2
     assert ledger["dropped"] == dict.fromkeys(bad, 1)
     assert manifest["ledger"]["empty"]["samples_in"] == 0
     named = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert [(n["line"], n["reason"]) for n in named] == list(zip((2, 3, 4, 5, 6), bad, strict=True))
+    whole = named[:-1]
+    assert [(n["line"], n["reason"]) for n in whole] == list(zip((2, 3, 4, 5, 6), bad, strict=True))
+    assert not any(n["rest_kept"] for n in whole)
+    assert named[-1] == {"file": str(long), "line": 7, "reason": "unanswered last turn left out", "rest_kept": True}
     assert all(n["file"] == str(long) for n in named)
 
 

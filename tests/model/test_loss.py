@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +89,44 @@ def test_targets_never_cross_documents() -> None:
         sample_of_row = np.repeat(np.arange(len(lengths)), lengths)
         assert (sample_of_row[batch.target_rows.numpy()] == batch.target_sample.numpy()).all()
         assert batch.n_target.tolist() == [(row != -100).sum() for row in labels]
+
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "loss" / "formula_cases.json").read_text())
+
+
+def step_loss(average: str, losses: list[list[list[float]]], micro_steps: list[list[int]]) -> float:
+    """The sum over micro-steps of weight * loss; losses[pack][sequence][token]."""
+    counts = [[len(sequence) for sequence in pack] for pack in losses]
+    totals = StepTotals(
+        sequences=sum(n > 0 for pack in counts for n in pack),
+        packs=sum(sum(pack) > 0 for pack in counts),
+        targets=sum(map(sum, counts)),
+    )
+    total = 0.0
+    for packs in micro_steps:
+        batch = batch_of([n for p in packs for n in counts[p]])
+        pack_of_sample = torch.tensor([i for i, p in enumerate(packs) for _ in counts[p]])
+        weights = batch_weights(average, batch, pack_of_sample, totals)[:, 0].double()  # type: ignore[arg-type]
+        total += float(weights @ torch.tensor([t for p in packs for s in losses[p] for t in s], dtype=torch.float64))
+    return total
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_golden_losses(case: dict) -> None:
+    packs = case["token_losses"]
+    for micro_steps in ([list(range(len(packs)))], [[p] for p in range(len(packs))]):
+        assert step_loss("sequence", packs, micro_steps) == pytest.approx(case["eq2"], rel=1e-6)
+        assert step_loss("pack", packs, micro_steps) == pytest.approx(case["eq3"], rel=1e-6)
+    for pack, counts in zip(case["per_token_weight_after_scaling"], case["N"], strict=True):
+        for weight, n in zip(pack, counts, strict=True):  # the reference scales by K, and its devices average over K
+            ours = module.token_weights("sequence", torch.tensor([n]), torch.tensor([n]), StepTotals(case["M"], 1, 1))
+            assert float(ours) * case["K"] == pytest.approx(weight, rel=1e-12)
+
+
+def test_golden_accumulation_is_the_whole_steps_average() -> None:
+    """The reference takes M within each micro-step; Eq. 2 takes it over the step."""
+    case = GOLDEN["gradient_accumulation"]
+    packs = [pack for micro_step in case["micro_steps"] for pack in micro_step]
+    for micro_steps in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[3, 0, 1, 2]]):
+        assert step_loss("sequence", packs, micro_steps) == pytest.approx(case["eq2_over_whole_batch"], rel=1e-7)
+    assert abs(case["eq2_over_whole_batch"] - case["reference_loss_after_accumulation"]) > 0.1
