@@ -125,6 +125,12 @@ def chat(config: Config, dry_run: bool) -> int:
     return module.chat(config, dry_run)
 
 
+def verify(config: Config, dry_run: bool) -> int:
+    from longalign.verify import run
+
+    return run.verify(config, dry_run)
+
+
 def convert(config: Config, dry_run: bool) -> int:
     from longalign.model import chatglm
 

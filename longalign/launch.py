@@ -223,7 +223,7 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
     if code == 2:
         return 2
     cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-    console.print(f"rank {failed} failed with {cause}; resume=auto continues from the last checkpoint", style="red")
+    console.print(f"rank {failed} failed with {cause}", style="red")
     return 1
 
 
@@ -250,6 +250,8 @@ def train(config: Config) -> int:
         console.print(f"this run is finished: {run}/model")
         return 0
     code = run_workers(worker_command(run), config, run / "logs")
+    if code == 1:
+        console.print("resume=auto continues from the last checkpoint")
     if code == 0:
         shutil.rmtree(replaced(run), ignore_errors=True)
     elif replaced(run).is_dir():

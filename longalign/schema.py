@@ -97,6 +97,11 @@ class Tasks(Strict):
     needle: Needle | None = None
 
 
+class Verify(Strict):
+    packs: PositiveInt
+    tokens: Annotated[int, Field(ge=64)]
+
+
 class Config(Strict):
     model: Model
     datanum: DataNum
@@ -136,6 +141,8 @@ class Config(Strict):
     file: str | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
+
+    verify: Verify
 
     reverse: bool
 

@@ -19,9 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
 
-from longalign.data.batch import Batch
+from longalign.data.batch import Batch, load_batch
+from longalign.data.plan import Pack
 
 Average = Literal["sequence", "pack", "token"]
 CHUNK = 2048  # targets whose logits exist at one time
@@ -33,6 +35,12 @@ class StepTotals(NamedTuple):
     sequences: int  # M
     packs: int  # K
     targets: int  # N
+
+    @classmethod
+    def of(cls, packs: list[Pack]) -> StepTotals:
+        """What the packs of a step hold together."""
+        with_target = sum(pack.n_target > 0 for pack in packs)
+        return cls(sum(pack.n_sequences for pack in packs), with_target, sum(pack.n_target for pack in packs))
 
 
 def token_weights(
@@ -56,6 +64,15 @@ def batch_weights(average: Average, batch: Batch, pack_of_sample: torch.Tensor, 
     return torch.stack(columns, dim=1).float()
 
 
+def micro_batch(
+    dataset: Dataset, packs: list[Pack], average: Average, totals: StepTotals
+) -> tuple[Batch, torch.Tensor]:
+    """The packs of one micro-step of one rank, concatenated, and the weights of their targets, float32 [N, 3]."""
+    batch = load_batch(dataset, [sample for pack in packs for sample in pack.sample_ids])
+    pack_of_sample = torch.repeat_interleave(torch.tensor([len(pack.sample_ids) for pack in packs]))
+    return batch, batch_weights(average, batch, pack_of_sample, totals)
+
+
 def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Module, targets_N: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each target in float32, [N]; logits are made for CHUNK targets at a time, twice."""
 
@@ -74,15 +91,21 @@ class WeightedLoss(torch.nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        self.model = model  # a transformers model: its decoder is .model, its output projection .lm_head
+        self.model: Any = model  # a transformers model: its decoder is .model, its output projection .lm_head
 
     def forward(self, batch: Batch, weights_N3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's share of the step's loss (float32 scalar), and of (loss, loss_sequence, loss_token), detached.
 
         Only hidden states that predict a target go through lm_head: in long-document tuning about one in twenty.
         """
-        model: Any = self.model
-        hidden_TD = model.model(
+        hidden_TD = self.hidden(batch)
+        losses_N = token_losses(hidden_TD[batch.target_rows], self.model.lm_head, batch.target_ids)
+        shares = losses_N @ weights_N3
+        return shares[0], shares.detach()
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The decoder's output [T, D]; each document of the batch sees itself alone."""
+        return self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -91,6 +114,3 @@ class WeightedLoss(torch.nn.Module):
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
         ).last_hidden_state[0]
-        losses_N = token_losses(hidden_TD[batch.target_rows], model.lm_head, batch.target_ids)
-        shares = losses_N @ weights_N3
-        return shares[0], shares.detach()

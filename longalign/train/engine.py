@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from longalign.model import attention
 from longalign.model.load import load_model, resolve_dtype
 from longalign.model.loss import WeightedLoss
+from longalign.model.rope import check_inv_freq, restore_inv_freq
 from longalign.schema import Config
 
 
@@ -103,4 +104,6 @@ def build_engine(config: Config, ranks: int) -> Any:
         )
 
     engine.clip_fp32_gradients = clip
+    restore_inv_freq(engine.module)  # DeepSpeed may cast or move buffers
+    check_inv_freq(engine.module, config.model.rope.theta)
     return engine

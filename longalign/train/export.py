@@ -38,7 +38,7 @@ def export(engine: Any, config: Config, folder: Path) -> None:
             model.save_pretrained(partial, state_dict=state)
             tokenizer = load_tokenizer(config)
             data = read_data(config.data_dir)[1]  # what was trained on tells how to ask, whatever the presets say now
-            template = {key: data[key] for key in ("template", "chat_template_kwargs")}
+            template = {key: data.get(key) for key in ("template", "chat_template_kwargs")}
             if template["template"] == "longalign-llama":
                 tokenizer.chat_template = LLAMA_JINJA
             tokenizer.save_pretrained(partial)

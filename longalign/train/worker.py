@@ -22,12 +22,10 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from longalign.config import load_frozen
-from longalign.data.batch import Batch, load_batch
 from longalign.data.packing import deal
 from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
-from longalign.model.loss import Average, StepTotals, batch_weights
-from longalign.model.rope import check_inv_freq, restore_inv_freq
+from longalign.model.loss import StepTotals, micro_batch
 from longalign.progress import Bar
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -43,15 +41,6 @@ def _on_signal(number: int, _frame: Any) -> None:
     _signal = number
 
 
-def micro_batch(
-    dataset: Dataset, packs: list[Pack], average: Average, totals: StepTotals
-) -> tuple[Batch, torch.Tensor]:
-    """The packs of one micro-step of one rank, concatenated, and the weights of their targets, float32 [N, 3]."""
-    batch = load_batch(dataset, [sample for pack in packs for sample in pack.sample_ids])
-    pack_of_sample = torch.repeat_interleave(torch.tensor([len(pack.sample_ids) for pack in packs]))
-    return batch, batch_weights(average, batch, pack_of_sample, totals)
-
-
 def train_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config) -> torch.Tensor:
     """Forward, backward and update over the packs of one step. Returns this rank's share of the three losses, [3].
 
@@ -59,11 +48,7 @@ def train_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config)
     nothing is divided by the number of micro-steps.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    totals = StepTotals(
-        sequences=sum(p.n_sequences for p in packs),
-        packs=sum(p.n_target > 0 for p in packs),
-        targets=sum(p.n_target for p in packs),
-    )
+    totals = StepTotals.of(packs)
     shares = torch.zeros(3, device=engine.device)
     micro_steps = deal([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
     for number, dealt in enumerate(micro_steps, start=1):
@@ -88,9 +73,6 @@ def train(config: Config) -> None:
     plan = Plan(run / "plan", data)
     n_steps = steps_to_train(plan.n_steps, config)
     engine = build_engine(config, dist.get_world_size())
-    restore_inv_freq(engine.module)
-    check_inv_freq(engine.module, config.model.rope.theta)
-
     about = checkpoint.needs(config, plan.manifest["identity"])
     start = checkpoint.find(config)
     done = checkpoint.check(start, about) if start else 0
@@ -152,36 +134,37 @@ def train(config: Config) -> None:
     engine.destroy()
 
 
-def _quiet() -> None:
-    """Leave the terminal to the progress bar, and DeepSpeed's shared-memory extension unbuilt.
-
-    The extension would be compiled on a CPU's first run for a minute; gloo serves.
-    """
+def join(device: str) -> None:
+    """Meet the other ranks, with the terminal left to the progress bar."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     transformers_logging.disable_progress_bar()
+    # DeepSpeed's shared-memory extension would be compiled on a CPU's first run for a minute; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+def leave() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def main(paths: list[str]) -> int:
     """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
-    _quiet()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
     configs = [load_frozen(path) for path in paths]
-    device = configs[0].cluster.device
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    join(configs[0].cluster.device)
     try:
         for config in configs:
             train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
     return 0
 
 

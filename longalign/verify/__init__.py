@@ -1,0 +1,1 @@
+"""Is it right on this machine, with this model and this data?"""

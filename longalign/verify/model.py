@@ -1,0 +1,210 @@
+"""Checks of the model: ours over packs against plain transformers over every document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from longalign.data.batch import concatenate
+from longalign.data.template import IGNORE
+from longalign.model.loss import Average, StepTotals, WeightedLoss, micro_batch
+from longalign.verify.check import Check, at_most, not_run
+from longalign.verify.probe import Probe
+
+LOGITS_KEPT = 512  # targets whose logits are compared, [LOGITS_KEPT, vocabulary] in float32
+# Relative errors that rounding makes, by precision. A leak, a wrong position or a wrong weight is far above them.
+LEAK = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+LOGITS = 1e-4
+LOSS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Seen:
+    """What a model made of the probe."""
+
+    losses: dict[str, float]  # the step's loss, by average
+    logits: torch.Tensor  # float32 on the CPU, those of `kept` targets
+    inv_freq: list[torch.Tensor]  # one per rotary module, on the CPU
+    grad_norm: float | None = None
+
+
+def kept(probe: Probe) -> torch.Tensor:
+    """Places, among all targets of the probe in order, of those whose logits are compared."""
+    n_targets = sum(pack.n_target for pack in probe.packs)
+    return torch.from_numpy(np.unique(np.linspace(0, n_targets - 1, LOGITS_KEPT).astype(np.int64)))
+
+
+@torch.no_grad()
+def packed(model: Any, probe: Probe, average: Average) -> Seen:
+    """Ours: packs through packed attention, each target weighted from the whole step."""
+    device, dataset = next(model.parameters()).device, probe.dataset()
+    totals = StepTotals.of(probe.packs)
+    ours, losses, hidden = WeightedLoss(model), torch.zeros(3, dtype=torch.float64), []
+    for pack in probe.packs:
+        batch, weights = micro_batch(dataset, [pack], average, totals)
+        batch = batch.to(device)
+        losses += ours(batch, weights.to(device))[1].double().cpu()
+        hidden.append(ours.hidden(batch)[batch.target_rows])
+    logits = model.lm_head(torch.cat(hidden)[kept(probe).to(device)]).float().cpu()
+    found = dict(zip((average, "sequence", "token"), losses.tolist(), strict=True))
+    return Seen(found, logits, list(_inv_freq(model)))
+
+
+def separate(model: Any, probe: Probe, average: Average, backward: bool) -> Seen:
+    """Plain transformers, one document at a time, the averages as the paper writes them (Eq. 2, Eq. 3)."""
+    device = next(model.parameters()).device
+    n_targets = [int(np.sum(labels != IGNORE)) for _, labels in probe.rows]
+    n_sequences = sum(n > 0 for n in n_targets)
+    of_pack = {row: sum(n_targets[r] for r in pack.sample_ids) for pack in probe.packs for row in pack.sample_ids}
+    n_packs = sum(any(n_targets[row] for row in pack.sample_ids) for pack in probe.packs)
+    losses, logits = dict.fromkeys(("sequence", "pack", "token"), 0.0), []
+    wanted, start = kept(probe), 0
+    for row, (ids, labels) in enumerate(probe.rows):
+        if not n_targets[row]:
+            continue
+        targets = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+        with torch.set_grad_enabled(backward):
+            made = model(
+                input_ids=torch.from_numpy(ids.astype(np.int64))[None].to(device),
+                logits_to_keep=(targets - 1).to(device),  # the logits that predict them: one place earlier
+                use_cache=False,
+            ).logits[0]
+            summed = F.cross_entropy(
+                made.float(), torch.from_numpy(labels[targets].astype(np.int64)).to(device), reduction="sum"
+            )
+            weights = {
+                "sequence": 1 / n_targets[row] / n_sequences,
+                "pack": 1 / of_pack[row] / n_packs,
+                "token": 1 / sum(n_targets),
+            }
+            if backward:
+                (summed * weights[average]).backward()
+        for name, weight in weights.items():
+            losses[name] += summed.item() * weight
+        mine = wanted[(wanted >= start) & (wanted < start + n_targets[row])] - start
+        logits.append(made.detach()[mine.to(device)].float().cpu())
+        start += n_targets[row]
+    norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(torch.stack(norms).norm()) if backward else None
+    return Seen(losses, torch.cat(logits), list(_inv_freq(model)), norm)
+
+
+def _inv_freq(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        if isinstance(inv_freq := getattr(module, "inv_freq", None), torch.Tensor):
+            yield inv_freq.detach().cpu()
+
+
+# -- checks -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_leak(model: Any, probe: Probe) -> Check:
+    """Other content in the first and in the last document moves no token of any other, to the last bit or nearly."""
+    name, rows = "leak: other documents move by", [ids for ids, _ in probe.rows]
+    if len(rows) < 2:
+        return not_run(name, "the probe has one document; raise verify.packs")
+    parameter, vocab = next(model.parameters()), model.config.get_text_config().vocab_size
+    ends = np.cumsum([len(ids) for ids in rows])
+
+    def run(documents: list[np.ndarray]) -> torch.Tensor:
+        batch = concatenate(documents, [np.full(len(ids), IGNORE) for ids in documents])
+        return WeightedLoss(model).hidden(batch.to(parameter.device)).float()
+
+    def moved(documents: list[np.ndarray], changed: int, as_one: bool = False) -> torch.Tensor:
+        """How far each token's hidden state moves, relative to its size, if document `changed` is another."""
+        other = [(ids + 7) % vocab if place == changed else ids for place, ids in enumerate(documents)]
+        before, after = (run([np.concatenate(d)] if as_one else d) for d in (documents, other))
+        return (after - before).norm(dim=-1) / before.norm(dim=-1)
+
+    first, last = int(ends[0]), int(ends[-2])
+    others = max(float(moved(rows, 0)[first:].max()), float(moved(rows, len(rows) - 1)[:last].max()))
+    seen = float(moved(rows, 0, as_one=True)[first:].max())
+    tolerance = LEAK[parameter.dtype]
+    if seen <= tolerance:
+        return Check(name, False, seen, tolerance, "even as one document nothing moves: this model attends to nothing")
+    return at_most(
+        name,
+        others,
+        tolerance,
+        f"{len(rows)} documents, {ends[-1]:,} tokens; joined to one document they move by {seen:.1e}",
+        "documents of a pack see each other: do not train; try model.attention=sdpa and report the model's name",
+    )
+
+
+def check_rope(ours: Seen, exported: Seen, rope: dict[str, Any], exported_config: Any) -> Iterator[Check]:
+    """inv_freq in float32 and of the wanted base, in training as in what is exported.
+
+    For the default kind the frequencies of d rotated dimensions are theta^(-2i/d) (RoFormer, Eq. 15); others are
+    compared with those that plain transformers makes of the exported config.
+    """
+    name, advice = "rope: inv_freq as configured", "positions would be wrong: check model.rope and config.json"
+    if not ours.inv_freq:
+        yield not_run(name, "the model has no rotary embedding")
+        return
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
+    worst = 0.0
+    for mine, theirs in zip(ours.inv_freq, exported.inv_freq, strict=True):
+        wanted = theirs.double()
+        if kind == "default" and theta:
+            wanted = float(theta) ** -(torch.arange(len(mine), dtype=torch.float64) / len(mine))
+        for found in (mine, theirs):
+            worst = max(worst, float(((found.double() - wanted) / wanted).abs().max()))
+    yield at_most(name, worst, 1e-5, f"{kind}, base {theta}, {ours.inv_freq[0].dtype}", advice)
+    told = exported_config.get_text_config().rope_parameters
+    yield Check("rope: exported config says the same", told == rope, detail=str(told), advice=advice)
+
+
+def check_reload(ours: Seen, reloaded: Seen) -> Check:
+    difference = float((ours.logits - reloaded.logits).abs().max())
+    return at_most(
+        "save, reload: logits differ by",
+        difference,
+        0,
+        f"{len(ours.logits)} targets, packed",
+        "the exported folder is not the model that trains: this is a defect, please report it",
+    )
+
+
+def check_packed(ours: Seen, alone: Seen, truth: Seen | None) -> Check:
+    """float32: the worst target's relative error. bfloat16: our error over that of documents run alone."""
+    advice = "packing changes what the model computes: try model.attention=sdpa and report the model's name"
+    if truth is None:
+        error = (ours.logits - alone.logits).norm(dim=-1) / alone.logits.norm(dim=-1)
+        detail = f"logits of {len(error)} targets, the worst"
+        return at_most("packed = every document alone", float(error.max()), LOGITS, detail, advice)
+    packed_error, alone_error = (float((x.logits - truth.logits).norm() / truth.logits.norm()) for x in (ours, alone))
+    detail = f"logits against float32: packed {packed_error:.1e}, alone {alone_error:.1e}"
+    return at_most("packed = every document alone", packed_error / alone_error, 2.0, detail, advice)
+
+
+def check_gradient(norm: float, alone: Seen, dtype: torch.dtype, where: str) -> Check:
+    assert alone.grad_norm is not None
+    return at_most(
+        "gradient norm = plain transformers",
+        abs(norm - alone.grad_norm) / alone.grad_norm,
+        GRADIENT[dtype],
+        f"{norm:.6f} and {alone.grad_norm:.6f}, {where}",
+        "gradients are scaled wrongly, which Adam would hide: this is a defect, please report it",
+    )
+
+
+def check_losses(
+    ours: dict[str, float], plain: dict[str, float], average: str, dtype: torch.dtype, where: str
+) -> Check:
+    """The trained average and the two that are always logged."""
+    error = {name: abs(value - plain[name]) / abs(plain[name]) for name, value in ours.items()}
+    worst = max(error, key=lambda name: error[name])
+    return at_most(
+        f"loss = plain transformers ({where})",
+        error[worst],
+        LOSS[dtype],
+        f"{average}: {ours[average]:.6f} and {plain[average]:.6f}; worst: {worst}",
+        "the loss is not the one that strategy.average names: this is a defect, please report it",
+    )
