@@ -25,7 +25,7 @@ from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
 from longalign.model.load import resolve_device, resolve_dtype
-from longalign.preflight import check_data, check_room, check_run_folder, count_parameters
+from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, count_parameters
 from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -98,7 +98,8 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     check_run_folder(run, config)
     data = check_data(config)
     parameters = count_parameters(config)
-    check_room(config, run, parameters)
+    check_disk(config, run, parameters)
+    check_memory(config, parameters)
     if start := checkpoint.find(config):
         checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
     if dry_run:

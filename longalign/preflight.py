@@ -41,30 +41,37 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
 
 
-def check_room(config: Config, run: Path, parameters: int) -> None:
-    """Raises UserError if disk or memory cannot hold what is about to run (preflight=false only warns)."""
-    device, host = memory_needs(config, parameters)
-    checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
-    problems = []
+def check_disk(config: Config, run: Path, parameters: int) -> None:
+    """Raises UserError if the disk cannot hold the checkpoints (preflight=false only warns)."""
     try:
+        checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
         require_disk(run, checkpoints, "output_dir, or lower keep_last")
     except UserError as error:
-        problems.append(str(error))
+        _refuse(config, str(error))
+
+
+def check_memory(config: Config, parameters: int) -> None:
+    """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns)."""
+    device, host = memory_needs(config, parameters)
     total = psutil.virtual_memory().total
     if host > total:
-        problems.append(
+        _refuse(
+            config,
             f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
-            "use more machines, a higher cluster.zero_stage or a smaller model"
+            "use more machines, a higher cluster.zero_stage or a smaller model",
         )
     if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
-        problems.append(
+        _refuse(
+            config,
             f"weights, gradients and optimizer states need {human(device)} on each GPU, which has {human(have)}; "
-            "set cluster.zero_stage=3, cluster.offload_optimizer=true, or use more GPUs"
+            "set cluster.zero_stage=3, cluster.offload_optimizer=true, or use more GPUs",
         )
-    for problem in problems:
-        if config.preflight:
-            raise UserError(f"{problem} (preflight=false starts anyway)")
-        warn(problem)
+
+
+def _refuse(config: Config, problem: str) -> None:
+    if config.preflight:
+        raise UserError(f"{problem} (preflight=false starts anyway)")
+    warn(problem)
 
 
 def check_data(config: Config) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets.table import InMemoryTable
 
 from longalign.data.plan import Pack, Plan
 from longalign.data.template import IGNORE
@@ -25,7 +27,9 @@ class Probe:
         return sum(len(ids) for ids, _ in self.rows)
 
     def dataset(self) -> Dataset:
-        return Dataset.from_dict({"input_ids": [ids for ids, _ in self.rows], "labels": [lab for _, lab in self.rows]})
+        columns = {"input_ids": [ids for ids, _ in self.rows], "labels": [labels for _, labels in self.rows]}
+        # a fingerprint given, lest datasets pickles the table for one, which pandas and pyarrow can make impossible
+        return Dataset(InMemoryTable(pa.table(columns)), fingerprint="probe")
 
     def save(self, folder: Path) -> None:
         disable_progress_bars()

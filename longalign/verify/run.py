@@ -29,7 +29,7 @@ from longalign.files import disk_errors, read_json, require_disk, versions, writ
 from longalign.launch import resolve, run_workers
 from longalign.model import attention
 from longalign.model.load import load_config, load_model, load_template, load_tokenizer, resolve_dtype
-from longalign.preflight import check_data, check_room, count_parameters
+from longalign.preflight import check_data, check_memory, count_parameters
 from longalign.progress import Bar, console
 from longalign.schema import Config
 from longalign.verify import model as models
@@ -46,7 +46,7 @@ def verify(config: Config, dry_run: bool) -> int:
     config = resolve(config)
     output, parameters = Path(config.output_dir or ""), count_parameters(config)
     data = check_data(config)
-    check_room(config, output, parameters)
+    check_memory(config, parameters)
     require_disk(output, parameters * resolve_dtype(config, config.cluster.device).itemsize, "output_dir")
     if dry_run:
         ranks = f"{config.cluster.processes} x {config.cluster.device}"
@@ -213,7 +213,7 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
         return not_run(name, "one process here; cluster.processes=2 compares two on a CPU")
     alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"processes": 1})})
     try:
-        check_room(alone, scratch, count_parameters(config))
+        check_memory(alone, count_parameters(config))
         one = engine_step(alone, scratch, None)
     except Exception as error:  # one device may be too small for what several hold
         return not_run(name, f"it does not fit one rank: {error}")
