@@ -44,8 +44,10 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
 def check_disk(config: Config, run: Path, parameters: int) -> None:
     """Raises UserError if the disk cannot hold the checkpoints (preflight=false only warns)."""
     try:
-        checkpoints = 14 * parameters * (config.keep_last if config.save_every else 1)
-        require_disk(run, checkpoints, "output_dir, or lower keep_last")
+        saves = config.keep_last if config.save_every else 1
+        if config.save_every and config.max_steps:
+            saves = min(saves, config.max_steps // config.save_every + 1)
+        require_disk(run, 14.0 * parameters * saves, "output_dir, or lower keep_last")
     except UserError as error:
         _refuse(config, str(error))
 

@@ -99,7 +99,7 @@ class Tasks(Strict):
 
 class Verify(Strict):
     packs: PositiveInt
-    tokens: Annotated[int, Field(ge=64)]
+    tokens: Annotated[int, Field(ge=64)] | Literal["auto"]
 
 
 class Config(Strict):

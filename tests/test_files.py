@@ -73,10 +73,10 @@ def test_too_little_memory_is_refused_or_only_warned_of(
 
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with pytest.raises(UserError, match=r"this machine has 9\.8 KiB.*preflight=false starts anyway"):
-        preflight.check_room(launch.resolve(run_config(tmp_path)), tmp_path, parameters=100_000)
+        preflight.check_memory(launch.resolve(run_config(tmp_path)), parameters=100_000)
     warned: list[str] = []
     monkeypatch.setattr(preflight, "warn", warned.append)
-    preflight.check_room(launch.resolve(run_config(tmp_path, "preflight=false")), tmp_path, parameters=100_000)
+    preflight.check_memory(launch.resolve(run_config(tmp_path, "preflight=false")), parameters=100_000)
     assert len(warned) == 1
     assert "9.8 KiB" in warned[0]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longalign.data.batch import concatenate
+from longalign.data.batch import Batch, concatenate
 from longalign.data.template import IGNORE
 from longalign.model.loss import Average, StepTotals, WeightedLoss, micro_batch
 from longalign.verify.check import Check, at_most, not_run
@@ -40,18 +40,29 @@ def kept(probe: Probe) -> torch.Tensor:
     return torch.from_numpy(np.unique(np.linspace(0, n_targets - 1, LOGITS_KEPT).astype(np.int64)))
 
 
+class _Recording(WeightedLoss):
+    """Keeps the hidden states that predict targets, so that the loss and they come of one forward."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.rows: list[torch.Tensor] = []
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        made = super().hidden(batch)
+        self.rows.append(made[batch.target_rows])
+        return made
+
+
 @torch.no_grad()
 def packed(model: Any, probe: Probe, average: Average) -> Seen:
     """Ours: packs through packed attention, each target weighted from the whole step."""
     device, dataset = next(model.parameters()).device, probe.dataset()
     totals = StepTotals.of(probe.packs)
-    ours, losses, hidden = WeightedLoss(model), torch.zeros(3, dtype=torch.float64), []
+    ours, losses = _Recording(model), torch.zeros(3, dtype=torch.float64)
     for pack in probe.packs:
         batch, weights = micro_batch(dataset, [pack], average, totals)
-        batch = batch.to(device)
-        losses += ours(batch, weights.to(device))[1].double().cpu()
-        hidden.append(ours.hidden(batch)[batch.target_rows])
-    logits = model.lm_head(torch.cat(hidden)[kept(probe).to(device)]).float().cpu()
+        losses += ours(batch.to(device), weights.to(device))[1].double().cpu()
+    logits = model.lm_head(torch.cat(ours.rows)[kept(probe).to(device)]).float().cpu()
     found = dict(zip((average, "sequence", "token"), losses.tolist(), strict=True))
     return Seen(found, logits, list(_inv_freq(model)))
 
@@ -106,36 +117,27 @@ def _inv_freq(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def check_leak(model: Any, probe: Probe) -> Check:
-    """Other content in the first and in the last document moves no token of any other, to the last bit or nearly."""
+    """Another first document moves no token of the others, to the last bit or nearly; joined to it, it does."""
     name, rows = "leak: other documents move by", [ids for ids, _ in probe.rows]
     if len(rows) < 2:
         return not_run(name, "the probe has one document; raise verify.packs")
     parameter, vocab = next(model.parameters()), model.config.get_text_config().vocab_size
-    ends = np.cumsum([len(ids) for ids in rows])
+    other = (rows[0] + 7) % vocab
 
     def run(documents: list[np.ndarray]) -> torch.Tensor:
+        """Hidden states of the tokens behind the first document."""
         batch = concatenate(documents, [np.full(len(ids), IGNORE) for ids in documents])
-        return WeightedLoss(model).hidden(batch.to(parameter.device)).float()
+        return WeightedLoss(model).hidden(batch.to(parameter.device)).float()[len(other) :]
 
-    def moved(documents: list[np.ndarray], changed: int, as_one: bool = False) -> torch.Tensor:
-        """How far each token's hidden state moves, relative to its size, if document `changed` is another."""
-        other = [(ids + 7) % vocab if place == changed else ids for place, ids in enumerate(documents)]
-        before, after = (run([np.concatenate(d)] if as_one else d) for d in (documents, other))
-        return (after - before).norm(dim=-1) / before.norm(dim=-1)
-
-    first, last = int(ends[0]), int(ends[-2])
-    others = max(float(moved(rows, 0)[first:].max()), float(moved(rows, len(rows) - 1)[:last].max()))
-    seen = float(moved(rows, 0, as_one=True)[first:].max())
+    moved = lambda before, after: float(((after - before).norm(dim=-1) / before.norm(dim=-1)).max())
+    leaked = moved(run(rows), run([other, *rows[1:]]))
+    joined = moved(run([np.concatenate(rows[:2])]), run([np.concatenate([other, rows[1]])]))
     tolerance = LEAK[parameter.dtype]
-    if seen <= tolerance:
-        return Check(name, False, seen, tolerance, "even as one document nothing moves: this model attends to nothing")
-    return at_most(
-        name,
-        others,
-        tolerance,
-        f"{len(rows)} documents, {ends[-1]:,} tokens; joined to one document they move by {seen:.1e}",
-        "documents of a pack see each other: do not train; try model.attention=sdpa and report the model's name",
-    )
+    if joined <= tolerance:
+        return Check(name, False, joined, tolerance, "even joined to it nothing moves: this model attends to nothing")
+    detail = f"{len(rows)} documents, {probe.tokens:,} tokens; joined to the first, the second moves by {joined:.1e}"
+    advice = "documents of a pack see each other: do not train; try model.attention=sdpa and report the model's name"
+    return at_most(name, leaked, tolerance, detail, advice)
 
 
 def check_rope(ours: Seen, exported: Seen, rope: dict[str, Any], exported_config: Any) -> Iterator[Check]:

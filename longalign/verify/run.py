@@ -132,7 +132,8 @@ def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterato
     device = config.cluster.device
     backend = attention.choose_backend(config.model.attention, device)[0]
     plan = Plan(scratch / "plan", data)
-    probe = choose(plan, read_data(config.data_dir)[0], config.verify.packs, config.verify.tokens)
+    tokens = config.verify.tokens if config.verify.tokens != "auto" else 32768 if device == "cuda" else 2048
+    probe = choose(plan, read_data(config.data_dir)[0], config.verify.packs, tokens)
     with on_device(load_model(config, dtype), device, backend) as model:
         yield models.check_leak(model, probe)
         ours = models.packed(model, probe, average)
