@@ -1,4 +1,4 @@
-"""Llama-2 rows equal the reference's, id for id and label for label."""
+"""Llama rows equal the reference's, id for id and label for label, for both kinds of Llama tokenizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import LlamaTokenizer
 
+from longalign.config import compose_config
 from longalign.data.messages import BadSample, conversation
 from longalign.data.template import Template, truncate
+from longalign.model.load import load_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tokenize"
 # The reference marks answers with text of its own, and breaks where a user or an answer contains those marks.
@@ -21,22 +22,39 @@ def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines()]
 
 
+CASES = {
+    kind: list(zip(lines("conversations.jsonl"), lines(f"tokenised_llama_{kind}_nostrip.jsonl"), strict=True))
+    for kind in ("legacy", "nonlegacy")
+}
+
+
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    folder = tmp_path_factory.mktemp("llama")
-    shutil.copy(GOLDEN / "llama_tokenizer.model", folder / "tokenizer.model")
-    return Template("longalign-llama", LlamaTokenizer.from_pretrained(folder, legacy=False))
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
+    """As a command loads them: a folder with `tokenizer.model`, `legacy` in tokenizer_config.json, nothing else."""
+    made = {}
+    for kind in CASES:
+        folder = tmp_path_factory.mktemp(kind)
+        shutil.copy(GOLDEN / "llama_tokenizer.model", folder / "tokenizer.model")
+        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": kind == "legacy"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        config = compose_config("tokenize", [f"model.tokenizer={folder}"])
+        made[kind] = Template("longalign-llama", load_tokenizer(config))
+    return made
 
 
-CASES = list(zip(lines("conversations.jsonl"), lines("tokenised_llama_nonlegacy_nostrip.jsonl"), strict=True))
-
-
-@pytest.mark.parametrize(("sample", "expected"), CASES, ids=[f"{c['id']}-{c['name']}" for c, _ in CASES])
-def test_llama_rows(sample: dict, expected: dict, template: Template) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sample", "expected"),
+    [(kind, *case) for kind, cases in CASES.items() for case in cases],
+    ids=[f"{kind}-{c['id']}-{c['name']}" for kind, cases in CASES.items() for c, _ in cases],
+)
+def test_llama_rows(kind: str, sample: dict, expected: dict, templates: dict[str, Template]) -> None:
+    template = templates[kind]
     assert sample["id"] == expected["id"]
     if sample["id"] in BROKEN_BY_ITS_MARKERS:
         (row,) = template.rows(conversation(sample))
-        assert template.tokenizer.decode(row.input_ids[:-1]).endswith(sample["messages"][-1]["content"])
+        answer = sample["messages"][-1]["content"]
+        prefix = " " if kind == "legacy" else ""
+        assert template.tokenizer.decode(row.input_ids[:-1]).endswith(prefix + answer)
         return
     if expected["status"] not in ("ok", "truncated"):
         with pytest.raises(BadSample):
@@ -49,4 +67,7 @@ def test_llama_rows(sample: dict, expected: dict, template: Template) -> None:
 
 
 def test_enough_cases_are_compared() -> None:
-    assert sum(expected["status"] in ("ok", "truncated") for _, expected in CASES) >= 24
+    for cases in CASES.values():
+        assert sum(expected["status"] in ("ok", "truncated") for _, expected in cases) >= 24
+    different = [a["inputs"] != b["inputs"] for (_, a), (_, b) in zip(*CASES.values(), strict=True)]
+    assert sum(different) > 20, "the two kinds are told apart"
