@@ -24,19 +24,11 @@ from longalign.errors import UserError
 
 IGNORE = -100
 
-# Written into exported tokenizers, so that other programs prompt the model as it was trained.
-LLAMA_JINJA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "{{ '[INST]' + (system if loop.first else '') + m['content'] + '[/INST]' }}{% else %}{{ m['content'] }}"
-    "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
-)
-
 
 class Segment(NamedTuple):
     text: str
     is_target: bool
+    is_special: bool = False  # the text names a special token
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ Truncate = Literal["right", "middle", "drop", "error"]
 
 @dataclass
 class Template:
-    """`name` is one of longalign-llama, longalign-chatglm, chat_template, text (see schema.Config.template)."""
+    """`name` is longalign-llama, longalign-chatglm, chatglm3, chat_template or text (see schema.Config.template)."""
 
     name: str
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -66,6 +58,11 @@ class Template:
             raise UserError(
                 "template=chat_template, but the tokenizer has none (a base model?); "
                 "choose template=longalign-llama, longalign-chatglm or text"
+            )
+        if self.name == "chatglm3" and "<|assistant|>" not in self.tokenizer.get_vocab():
+            raise UserError(
+                "template=chatglm3 needs ChatGLM3's tokenizer with its role tokens, which this one lacks; "
+                "choose template=chat_template, longalign-llama or longalign-chatglm"
             )
         # A Jinja template may end answers with nothing of its own: then EOS ends them, as in the others.
         self.eos_after_answer = self.name != "chat_template" or self._turn_end() is None
@@ -81,7 +78,7 @@ class Template:
     def has_system(self) -> bool:
         """Whether the template has a place of its own for a system message."""
         if self.name != "chat_template":
-            return False
+            return self.name == "chatglm3"
         probe = [{"role": "system", "content": "\u241f"}, {"role": "user", "content": "x"}]
         try:
             return "\u241f" in self._render(probe, ask=True)
@@ -138,12 +135,16 @@ class Template:
         stops = {self.tokenizer.eos_token_id}
         if self.name == "chat_template":
             stops.add(self._turn_end())
+        if self.name == "chatglm3":
+            stops |= set(self.tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"]))
         return sorted(i for i in stops if i is not None)
 
     # -- segments ---------------------------------------------------------------------------------
 
     def _segments(self, messages: Messages) -> list[Segment]:
-        """longalign-llama and longalign-chatglm: rounds joined by a blank line."""
+        """longalign-llama and longalign-chatglm: rounds joined by a blank line. chatglm3: see _roles."""
+        if self.name == "chatglm3":
+            return self._roles(messages)
         segments = []
         for place, message in enumerate(messages):
             content = message["content"]
@@ -156,6 +157,23 @@ class Template:
             else:
                 text = f"{blank}[Round {place // 2 + 1}]\n\n问：{content}\n\n答："
             segments.append(Segment(text, False))
+        return segments
+
+    def _roles(self, messages: Messages) -> list[Segment]:
+        """ChatGLM3's own chat: a role's token, a line for its metadata (here always empty), the content.
+
+        The original encodes line and content apart. Encoded at once they give the same ids, as no piece crosses a
+        line break, with the space that is the content's dummy prefix. A question ends with the token that asks for an
+        answer, so the model itself writes the line first.
+        """
+        segments = []
+        for message in messages:
+            role, text = message["role"], f"\n {message['content']}" if message["content"] else "\n"
+            if role != "assistant":
+                segments.append(Segment(f"<|{role}|>", False, is_special=True))
+            segments.append(Segment(text, role == "assistant" and text != "\n"))
+            if role == "user":
+                segments.append(Segment("<|assistant|>", False, is_special=True))
         return segments
 
     def _render(self, messages: Messages, ask: bool) -> str:
@@ -232,7 +250,10 @@ class Template:
         labels = [IGNORE] * len(ids)
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
         for place, segment in enumerate(segments):
-            piece = self._ids(segment.text) if place else self._first_ids(segment.text)
+            if segment.is_special:
+                piece = [self.tokenizer.convert_tokens_to_ids(segment.text)]
+            else:
+                piece = self._ids(segment.text) if place else self._first_ids(segment.text)
             piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
             if end_of_answer and piece_labels:
                 piece_labels[0] = eos

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from longalign.data.template import LLAMA_JINJA
+from longalign.data.jinja import EXPORTED
 from longalign.files import disk_errors, fresh_folder, write_json
 from longalign.model.load import RECORD, load_tokenizer, template_name
 from longalign.schema import Config
@@ -37,11 +37,15 @@ def export(engine: Any, config: Config, folder: Path) -> None:
             model.save_pretrained(partial, state_dict=state)
             tokenizer = load_tokenizer(config)
             template = template_name(config)
-            if template == "longalign-llama":
-                tokenizer.chat_template = LLAMA_JINJA
+            record = {
+                "template": template,
+                "max_length": config.max_length,
+                "base": config.init_from or config.model.path,
+                "split_special_tokens": tokenizer.split_special_tokens,
+            }
+            if jinja := EXPORTED.get(template):
+                tokenizer.chat_template = jinja
+                tokenizer.split_special_tokens = False  # other programs read the special tokens of a rendered text
             tokenizer.save_pretrained(partial)
-            write_json(
-                partial / RECORD,
-                {"template": template, "max_length": config.max_length, "base": config.init_from or config.model.path},
-            )
+            write_json(partial / RECORD, record)
     dist.barrier()
