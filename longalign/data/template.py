@@ -60,10 +60,7 @@ class Template:
                 "choose template=longalign-llama, longalign-chatglm or text"
             )
         if self.name == "chatglm3" and "<|assistant|>" not in self.tokenizer.get_vocab():
-            raise UserError(
-                "template=chatglm3 needs ChatGLM3's tokenizer with its role tokens, which this one lacks; "
-                "choose template=chat_template, longalign-llama or longalign-chatglm"
-            )
+            raise UserError("template=chatglm3: the tokenizer lacks ChatGLM3's role tokens; choose another template")
         # A Jinja template may end answers with nothing of its own: then EOS ends them, as in the others.
         self.eos_after_answer = self.name != "chat_template" or self._turn_end() is None
 
@@ -160,11 +157,9 @@ class Template:
         return segments
 
     def _roles(self, messages: Messages) -> list[Segment]:
-        """ChatGLM3's own chat: a role's token, a line for its metadata (here always empty), the content.
+        """ChatGLM3's own chat: a role's token, a line for metadata (empty, and written by the model), the content.
 
-        The original encodes line and content apart. Encoded at once they give the same ids, as no piece crosses a
-        line break, with the space that is the content's dummy prefix. A question ends with the token that asks for an
-        answer, so the model itself writes the line first.
+        The original encodes line and content apart: the same ids, given the space that is the content's dummy prefix.
         """
         segments = []
         for message in messages:
@@ -250,10 +245,9 @@ class Template:
         labels = [IGNORE] * len(ids)
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
         for place, segment in enumerate(segments):
+            piece = self._ids(segment.text) if place else self._first_ids(segment.text)
             if segment.is_special:
                 piece = [self.tokenizer.convert_tokens_to_ids(segment.text)]
-            else:
-                piece = self._ids(segment.text) if place else self._first_ids(segment.text)
             piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
             if end_of_answer and piece_labels:
                 piece_labels[0] = eos

@@ -87,6 +87,8 @@ def exact_llama(tokenizer: LlamaTokenizer) -> PreTrainedTokenizerFast:
     no dummy prefix before a space: " a" becomes the pieces of "a". What is returned keeps all else and, saved with
     save_pretrained, loads as it is.
     """
+    if tokenizer.init_kwargs.get("add_bos_token") is None:
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # as in transformers 4, and in Llama-2's training
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     if tokenizer.legacy:
         backend.normalizer, backend.pre_tokenizer = WITH_PREFIX, None
@@ -97,14 +99,10 @@ def exact_llama(tokenizer: LlamaTokenizer) -> PreTrainedTokenizerFast:
         mark = pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False)
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.pre_tokenizer = pre_tokenizers.Sequence([first, mark])
-    bos = tokenizer.bos_token
-    if bos and tokenizer.init_kwargs.get("add_bos_token") is not False:  # absent: Llama-2's training had one
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_token_id)]
-        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
+        extra_special_tokens=tokenizer.extra_special_tokens,
         chat_template=tokenizer.chat_template,
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -89,13 +88,30 @@ def test_converted_once_and_again_when_changed(tmp_path: Path, cache: Path) -> N
     assert len({first, second, third, elsewhere}) == len(conversions(cache)) == 4
 
 
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from longalign.model import chatglm, original
+write = chatglm.GlmConfig.save_pretrained
+def slowly(*words):
+    time.sleep(1)
+    write(*words)
+chatglm.GlmConfig.save_pretrained = slowly
+print("ready", flush=True)
+sys.stdin.readline()
+original.converted(Path(sys.argv[1]))
+"""
+
+
 def test_one_of_several_processes_converts(tmp_path: Path, cache: Path) -> None:
-    folder = make_original(tmp_path / "o")
-    code = f"from pathlib import Path; from longalign.model.original import converted; converted(Path({str(folder)!r}))"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-        for _ in range(3)
-    ]
+    command = [sys.executable, "-c", TOGETHER, str(make_original(tmp_path / "o"))]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["ready\n"] * 3
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
     said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], said
     assert sum("converting" in text for text in said) == 1

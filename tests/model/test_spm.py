@@ -102,15 +102,28 @@ def test_which_kind_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_settings_are_kept(tmp_path: Path) -> None:
-    added = {"1200": {"content": "<pad>", "special": True}}
-    folder = folder_of(
-        tmp_path / "a", legacy=False, pad_token="<pad>", added_tokens_decoder=added, chat_template="{{ 1 }}"
-    )
-    made = load(folder)
-    assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (1, 2, 1200)
-    assert made("a<pad>")["input_ids"][-1] == 1200
-    assert (made.chat_template, made.padding_side) == ("{{ 1 }}", "left")
-    assert load(folder_of(tmp_path / "b", add_bos_token=False))("a")["input_ids"] == made("a")["input_ids"][1:]
+    settings: dict[str, Any] = {
+        "pad_token": "<pad>",
+        "added_tokens_decoder": {"1200": {"content": "<pad>", "special": True}},
+        "additional_special_tokens": ["<|im_end|>"],
+        "chat_template": "{{ 1 }}",
+        "model_max_length": 4096,
+    }
+    made = load(folder_of(tmp_path / "a", **settings))
+    made.save_pretrained(tmp_path / "saved")
+    for tokenizer in (made, load(tmp_path / "saved")):
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 1200)
+        assert 1201 in tokenizer.all_special_ids
+        assert tokenizer("a<pad><|im_end|>")["input_ids"][-2:] == [1200, 1201]
+        assert (tokenizer.chat_template, tokenizer.padding_side) == ("{{ 1 }}", "left")
+        assert tokenizer.model_max_length == 4096
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(None, None), (True, True), (False, False), (None, True), (False, True)])
+def test_bos_and_eos_around_a_text(tmp_path: Path, sp: Any, bos: bool | None, eos: bool | None) -> None:
+    told = {"add_bos_token": bos, "add_eos_token": eos}
+    made = load(folder_of(tmp_path / "a", **{key: value for key, value in told.items() if value is not None}))
+    assert made("ab")["input_ids"] == [1] * (bos is not False) + sp.encode("ab") + [2] * bool(eos)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
