@@ -17,7 +17,7 @@ from longalign.model import original
 from longalign.model.chatglm import glm_config
 from longalign.model.cost import shape_of
 from longalign.model.rope import check_inv_freq, restore_inv_freq, set_theta
-from longalign.model.spm import chatglm_tokenizer, exact_llama
+from longalign.model.spm import chatglm_tokenizer, exact_llama, is_bare_llama
 from longalign.progress import console, note
 from longalign.schema import Config
 
@@ -42,7 +42,7 @@ def load_tokenizer(config: Config) -> Any:
     path = config.model.tokenizer
     if folder := original.find(path):
         return chatglm_tokenizer(folder / "tokenizer.model")
-    tokenizer = _load(AutoTokenizer, path, "model.tokenizer")
+    tokenizer = _load(LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer, path, "model.tokenizer")
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
         said = "a space before every segment" if tokenizer.legacy else "no space before later segments, as Llama-2"
         note(f"model.tokenizer={path}: legacy={str(tokenizer.legacy).lower()} ({said}; tokenizer_config.json decides)")

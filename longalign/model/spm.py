@@ -23,6 +23,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from longalign.errors import UserError
+from longalign.files import read_json
 
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 WITH_PREFIX = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -109,6 +110,19 @@ def exact_llama(tokenizer: LlamaTokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_input_names=tokenizer.model_input_names,
     )
+
+
+def is_bare_llama(folder: Path) -> bool:
+    """Whether `folder` has Llama's `tokenizer.model` but does not name its class.
+
+    AutoTokenizer would then make a tokenizer of another kind of it, whose ids are neither of Llama's.
+    """
+    if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    told: dict[str, str] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        told |= read_json(folder / name) if (folder / name).is_file() else {}
+    return "tokenizer_class" not in told and told.get("model_type", "llama") == "llama"
 
 
 def read_sentencepiece(path: Path) -> Any:

@@ -94,6 +94,20 @@ def test_the_kinds_differ_where_they_should(tmp_path: Path) -> None:
     assert legacy("a b")["input_ids"] == new("a b")["input_ids"]
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {}, None])
+def test_the_class_need_not_be_named(tmp_path: Path, config: dict[str, str] | None, legacy: bool | None) -> None:
+    folder, named = tmp_path / "bare", load(folder_of(tmp_path / "named", legacy=bool(legacy)))
+    folder.mkdir()
+    shutil.copy(MODEL, folder / "tokenizer.model")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if legacy is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    assert tokenizer_hash(load(folder)) == tokenizer_hash(named)
+    assert load(folder)(" a")["input_ids"] == named(" a")["input_ids"]
+
+
 def test_which_kind_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path / "a", legacy=True)
     load(folder)
