@@ -1,10 +1,12 @@
 """Jinja forms of the built-in templates, written into exported tokenizers for other programs.
 
-Rendered and tokenised they give the ids of Template, with these exceptions, which come of encoding one joined text
-where Template encodes segment by segment:
+All render the text that the model was trained on. Tokenised, the two of ChatGLM give the ids of Template too, but for
+two things that come of encoding one joined text where Template encodes segment by segment:
 
 - a special token spelled out by a user or in an answer is taken for one (our own chat and eval take it for text),
 - an answer that ends with spaces, under longalign-chatglm: its last space joins the one that follows.
+
+Llama's may also merge the characters on both sides of a segment's edge.
 """
 
 from __future__ import annotations
