@@ -9,6 +9,7 @@ LONGALIGN := $(BIN)/longalign
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
+	@echo "  model=                             $(PRESETS)"
 	@grep -hE '^[a-z0-9%+.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-34s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## project and development tools into .venv
@@ -45,6 +46,7 @@ clean:  ## remove what the demo made
 
 # -- the paper's runs: 8 GPUs of 80 GB; data/raw/long.jsonl and data/raw/sharegpt.jsonl as in the README ------------
 MODELS := chatglm3-6b llama2-7b llama2-13b
+PRESETS := $(filter-out base,$(notdir $(basename $(wildcard conf/model/*.yaml))))
 STRATEGIES := naive sorted packing packing+weighting
 
 tokenize-%: install  ## tokenize-MODEL: 0k, 5k and 10k long samples for one model

@@ -132,14 +132,20 @@ def verify(config: Config, dry_run: bool) -> int:
 
 
 def convert(config: Config, dry_run: bool) -> int:
-    from longalign.model import chatglm
+    from longalign.model import chatglm, original
+    from longalign.model.load import load_config
 
-    source, output = Path(config.model.path), Path(config.output_dir or "")
-    if not config.reverse and not chatglm.is_original(source):
+    path, output = config.model.path, Path(config.output_dir or "")
+    console.print(f"{path} -> {output}")
+    if config.reverse:
+        if not dry_run:
+            chatglm.to_original(Path(path), output, config.overwrite)
+        return 0
+    source = original.find(path, weights=not dry_run)
+    if source is None:
         raise UserError(
-            f"model.path={source} is no ChatGLM folder in its original layout; other models need no conversion"
+            f"model.path={path} is no ChatGLM model in its original layout; other models need no conversion"
         )
-    console.print(f"{source} -> {output}")
     if not dry_run:
-        (chatglm.to_original if config.reverse else chatglm.to_glm)(source, output, config.overwrite)
+        chatglm.to_glm(source, output, config.overwrite, load_config(config))
     return 0

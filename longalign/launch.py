@@ -24,7 +24,7 @@ from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, s
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
-from longalign.model.load import resolve_device, resolve_dtype
+from longalign.model.load import loads_weights, resolve_device, resolve_dtype, weights_of
 from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, count_parameters
 from longalign.progress import console, warn
 from longalign.schema import Config
@@ -110,6 +110,8 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
             manifest = read_json(folder / "manifest.json") if fresh else group(config, folder)
             how = str(shared) if fresh else "would be grouped first"
             return config, describe(config, parameters, manifest, Plan(folder, data), how)
+    if loads_weights(config):
+        weights_of(config)  # a conversion happens here, once, and its errors are told before any worker starts
     replaces = config.overwrite and config.resume == "none" and run.is_dir()
     if replaces:
         shutil.rmtree(replaced(run), ignore_errors=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
 import sys
 import time
 from types import TracebackType
@@ -18,6 +21,13 @@ LOG_EVERY_S = 15.0
 
 def warn(message: str) -> None:
     console.print(Text.assemble(("warning: ", "yellow"), message))
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Say something once, however often it is found out: worker processes repeat what the command found before."""
+    if multiprocessing.parent_process() is None and "RANK" not in os.environ:
+        console.print(message, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -29,7 +29,7 @@ class Model(Strict):
     name: str
     path: str
     tokenizer: str
-    template: Literal["longalign-llama", "longalign-chatglm", "chat_template", "text"]
+    template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -117,7 +117,7 @@ class Config(Strict):
     data_dir: str
     max_length: PositiveInt
     truncate: Literal["right", "middle", "drop", "error"]
-    template: Literal["auto", "longalign-llama", "longalign-chatglm", "chat_template", "text"]
+    template: Literal["auto", "longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     num_proc: PositiveInt | None
 
     epochs: PositiveInt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,31 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def make_original(folder: Path, **fields: Any) -> Path:
+    """The golden ChatGLM3 of 0.2M parameters as a folder in the original layout; a field of None is left out.
+
+    Its 256 rows of vocabulary are repeated where padded_vocab_size asks for more, so that the tokenizer's ids fit.
+    """
+    from safetensors.torch import load_file, save_file
+
+    golden = Path(__file__).parent / "golden"
+    folder.mkdir(parents=True)
+    shutil.copy(golden / "chatglm_tokenizer" / "tokenizer.model", folder)
+    told = {**json.loads((golden / "chatglm_forward" / "config_ratio1.json").read_text()), **fields}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+    tensors = load_file(golden / "chatglm_forward" / "model.safetensors")
+    for name in ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"):
+        tensors[name] = tensors[name].repeat(told["padded_vocab_size"] // 256, 1)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Conversions of tests stay out of the user's cache."""
+    os.environ["LONGALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longalign.cli import complete_word
-from tests.conftest import conversation, longalign, write_jsonl
+from tests.conftest import conversation, longalign, make_original, write_jsonl
 
 
 def test_help_is_quick_and_lists_commands(tmp_path: Path) -> None:
@@ -168,6 +168,7 @@ def test_completion() -> None:
     assert "strategy=sorted" in complete_word("strategy=so")
     assert "model.attention=sdpa" in complete_word("model.attention=")
     assert "strategy.packer=best_fit" in complete_word("strategy.packer=b")
+    assert len(complete_word("model=longalign-")) == 6
 
 
 def test_shell_completion_is_wired(tmp_path: Path) -> None:
@@ -182,25 +183,20 @@ def test_shell_completion_is_wired(tmp_path: Path) -> None:
 
 
 def test_convert_there_and_back(tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    golden, original = Path(__file__).parent / "golden", tmp_path / "original"
-    original.mkdir()
-    shutil.copy(golden / "chatglm_forward" / "model.safetensors", original)
-    shutil.copy(golden / "chatglm_forward" / "config_ratio1.json", original / "config.json")
-    shutil.copy(golden / "chatglm_tokenizer" / "tokenizer.model", original)
-    refused = longalign("chat", "model=chatglm3-6b", f"model.path={original}", "cluster=cpu", "prompt=x", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "longalign convert model.path=" in refused.stderr
-    done = longalign("convert", "model=chatglm3-6b", f"model.path={original}", "output_dir=glm", cwd=tmp_path)
+    original = make_original(tmp_path / "original", rope_ratio=None)
+    words = ["model=chatglm3-6b", f"model.path={original}"]
+    done = longalign("convert", *words, "output_dir=glm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "glm")).__name__ == "GlmForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "glm")
+    assert type(model).__name__ == "GlmForCausalLM"
+    assert model.config.rope_parameters["rope_theta"] == 2_000_000, "as the preset says"
     assert AutoTokenizer.from_pretrained(tmp_path / "glm")("你好")["input_ids"][:2] == [2001, 2003]
     back = longalign("convert", "model.path=glm", "reverse=true", "output_dir=back", cwd=tmp_path)
     assert back.returncode == 0, back.stderr
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["rope_ratio"] == 200
     before, after = load_file(original / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[key].equal(after[key]) and before[key].dtype == after[key].dtype for key in before)

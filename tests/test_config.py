@@ -43,6 +43,30 @@ def test_defaults_of_the_contract() -> None:
     assert compose_config("train", ["strategy=packing"]).strategy.average == "pack"
 
 
+@pytest.mark.parametrize(
+    ("preset", "path", "template", "max_length", "theta"),
+    [
+        ("longalign-6b-64k-base", "THUDM/LongAlign-6B-64k-base", "longalign-chatglm", 65536, 2e6),
+        ("longalign-6b-64k", "THUDM/LongAlign-6B-64k", "longalign-chatglm", 65536, 2e6),
+        ("longalign-7b-64k-base", "THUDM/LongAlign-7B-64k-base", "longalign-llama", 65536, None),
+        ("longalign-7b-64k", "THUDM/LongAlign-7B-64k", "longalign-llama", 65536, None),
+        ("longalign-13b-64k-base", "THUDM/LongAlign-13B-64k-base", "longalign-llama", 65536, None),
+        ("longalign-13b-64k", "THUDM/LongAlign-13B-64k", "longalign-llama", 65536, None),
+        ("chatglm3-6b-128k", "THUDM/chatglm3-6b-128k", "chatglm3", 131072, None),
+        ("chatglm3-6b", "THUDM/LongAlign-6B-64k-base", "longalign-chatglm", 65536, 2e6),
+        ("llama2-7b", "THUDM/LongAlign-7B-64k-base", "longalign-llama", 65536, None),
+        ("llama2-13b", "THUDM/LongAlign-13B-64k-base", "longalign-llama", 65536, None),
+    ],
+)
+def test_released_checkpoints(preset: str, path: str, template: str, max_length: int, theta: float | None) -> None:
+    for command in ("tokenize", "train", "eval", "chat"):
+        config = compose_config(command, [f"model={preset}"])
+        model = config.model
+        assert (model.name, model.path, model.tokenizer) == (preset, path, path)
+        assert (model.template, config.max_length, model.rope.theta) == (template, max_length, theta)
+    assert compose_config("train", [f"model={preset}"]).output_dir == f"runs/{preset}/10k/packing+weighting"
+
+
 def test_frozen_file_gives_the_same_config(tmp_path: Path) -> None:
     config = compose_config("train", ["model=tiny", "prompt=你好: {x}"])
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

@@ -18,19 +18,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from longalign.data.jinja import ChatTemplate, Segment, special_tokens
+from longalign.data.chat_template import ChatTemplate, Segment, special_tokens
 from longalign.data.messages import BadSample, Messages, merge_system
+from longalign.errors import UserError
 
 IGNORE = -100
-
-# Written into exported tokenizers, so that other programs prompt the model as it was trained.
-LLAMA_JINJA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "{{ '[INST]' + (system if loop.first else '') + m['content'] + '[/INST]' }}{% else %}{{ m['content'] }}"
-    "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -49,15 +41,17 @@ SHIELD = "\ufdd0"  # a code point that no text has; within a special token's spe
 
 
 class Template:
-    """`name` is one of longalign-llama, longalign-chatglm, chat_template, text (see schema.Config.template).
+    """`name` is longalign-llama, longalign-chatglm, chatglm3, chat_template or text (see schema.Config.template).
 
-    arguments: for chat_template, passed on to it. Raises UserError if the tokenizer has no chat template.
+    arguments: for chat_template, passed on to it. Raises UserError if the tokenizer lacks what the template needs.
     """
 
     def __init__(self, name: str, tokenizer: Any, arguments: dict[str, Any] | None = None):
         self.name, self.tokenizer = name, tokenizer
         self.jinja = ChatTemplate(tokenizer, arguments or {}) if name == "chat_template" else None
-        self.has_system = self.jinja is not None and self.jinja.has_system
+        self.has_system = name == "chatglm3" or (self.jinja is not None and self.jinja.has_system)
+        if name == "chatglm3" and "<|assistant|>" not in tokenizer.get_vocab():
+            raise UserError("template=chatglm3: the tokenizer lacks ChatGLM3's role tokens; choose another template")
         # A Jinja template may end answers with nothing of its own: then EOS ends them, as in the others.
         self.eos_after_answer = self.jinja is None or self.jinja.end_of_turn is None
         # ChatGLM's tokenizer never reads a special token from text.
@@ -104,11 +98,11 @@ class Template:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: EOS, and the end-of-turn token of a Jinja template."""
-        stops = {self.tokenizer.eos_token_id}
+        """Tokens that end an answer: EOS, the end-of-turn token of a Jinja template, ChatGLM3's next role."""
+        ends = ["<|user|>", "<|observation|>"] if self.name == "chatglm3" else []
         if self.jinja and self.jinja.end_of_turn:
-            stops.add(self.tokenizer.convert_tokens_to_ids(self.jinja.end_of_turn))
-        return sorted(stops)
+            ends = [self.jinja.end_of_turn]
+        return sorted({self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(ends)})
 
     # -- segments ---------------------------------------------------------------------------------
 
@@ -121,7 +115,9 @@ class Template:
         return self.special.sub(lambda found: found[0][0] + SHIELD + found[0][1:], text)
 
     def _segments(self, messages: Messages) -> list[Segment]:
-        """longalign-llama and longalign-chatglm: rounds joined by a blank line."""
+        """longalign-llama and longalign-chatglm: rounds joined by a blank line. chatglm3: see _roles."""
+        if self.name == "chatglm3":
+            return self._roles(messages)
         segments = []
         for place, message in enumerate(messages):
             content = message["content"]
@@ -134,6 +130,21 @@ class Template:
             else:
                 text = f"{blank}[Round {place // 2 + 1}]\n\n问：{content}\n\n答："
             segments.append(Segment(text, False))
+        return segments
+
+    def _roles(self, messages: Messages) -> list[Segment]:
+        """ChatGLM3's own chat: a role's token, a line for metadata (empty, and written by the model), the content.
+
+        The original encodes line and content apart: the same ids, given the space that is the content's dummy prefix.
+        """
+        segments = []
+        for message in messages:
+            role, text = message["role"], f"\n {message['content']}" if message["content"] else "\n"
+            if role != "assistant":
+                segments.append(Segment(f"<|{role}|>", False, is_special=True))
+            segments.append(Segment(text, role == "assistant" and text != "\n"))
+            if role == "user":
+                segments.append(Segment("<|assistant|>", False, is_special=True))
         return segments
 
     # -- ids --------------------------------------------------------------------------------------
@@ -186,7 +197,10 @@ class Template:
         labels = [IGNORE] * len(ids)
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
         for place, segment in enumerate(segments):
-            piece = self._ids(segment.text, first=place == 0)
+            if segment.is_special:
+                piece = [self.tokenizer.convert_tokens_to_ids(segment.text)]
+            else:
+                piece = self._ids(segment.text, first=place == 0)
             piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
             if end_of_answer and piece_labels:
                 piece_labels[0] = eos

@@ -67,7 +67,8 @@ class Generator:
         return answers
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.lstrip() if self.template.name == "chatglm3" else text  # its answers begin with an empty line
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[tuple[int, str]]:
         """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""

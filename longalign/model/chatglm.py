@@ -5,40 +5,31 @@ other, everything else is a copy, and the logits are equal. So no code from the 
 keep every bit and dtype and hold one shard at a time.
 
 The original layout does not always tell its rotary base: LongAlign-6B's own code fixes ratio 200 whatever config.json
-says. Without a `rope_ratio` there, set model.rope.theta=2000000 for it.
+says. Its presets set model.rope.theta=2000000, which wins over `rope_ratio`; null leaves what config.json says.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import json
-import pickle
 import shutil
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import GenerationConfig, GlmConfig
 
 from longalign.errors import UserError
-from longalign.files import fresh_folder, read_json, require_disk, write_json
+from longalign.files import read_json, write_json
+from longalign.model.shards import Entries, checkpoint_folder, read_shard, stacked, survey
 from longalign.model.spm import chatglm_tokenizer, read_sentencepiece
 
 ORIGINAL_CONFIG = "original_config.json"  # what to_original needs beside a converted model
 ORIGINAL_INV_FREQ = "original_inv_freq.safetensors"
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"  # always of base 10000: the original computes angles elsewhere
 EMBEDDING = "model.embed_tokens.weight"
-OURS = ("config.json", "generation_config.json", "model*.safetensors*", "original_*", "tokenizer*")
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError, SafetensorError)
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 FIELDS: dict[str, tuple[str, Any]] = {  # field of the original: GLM's name for it, the original's default
     "padded_vocab_size": ("vocab_size", 65024),
@@ -62,7 +53,6 @@ FIXED: dict[str, Any] = {  # what GLM can be no other way
     **{"hidden_dropout": 0.0, "quantization_bit": 0, "pre_seq_len": None},
 }
 NEW = {"model_type": "chatglm", "multi_query_attention": True, "tie_word_embeddings": False, **FIXED}
-Entries = dict[str, list[torch.Tensor]]  # a tensor to write, as blocks of rows one below the other
 
 
 def is_original(folder: Path) -> bool:
@@ -102,24 +92,31 @@ def glm_config(original: dict[str, Any]) -> GlmConfig:
         raise UserError(f"config.json: {error}") from None
 
 
-def to_glm(folder: Path, output: Path, overwrite: bool = False) -> None:
+def to_glm(
+    folder: Path,
+    output: Path,
+    overwrite: bool = False,
+    config: GlmConfig | None = None,
+    setting: str = "output_dir",
+) -> None:
     """Convert an original checkpoint into `output`, which plain AutoModelForCausalLM and AutoTokenizer load.
 
-    Memory above the start stays near the largest shard; the output has as many shards as the input. Raises UserError
-    for another architecture and for missing, surplus or misshapen tensors, before anything is written.
+    `config` is written instead of what glm_config makes of config.json, say with another rotary base. Memory above the
+    start stays near the largest shard; the output has as many shards as the input. Raises UserError for another
+    architecture and for missing, surplus or misshapen tensors, before anything is written.
     """
     if not is_original(folder):
         raise UserError(f"{folder} holds no checkpoint in ChatGLM's original layout (config.json: model_type chatglm)")
     original = read_json(folder / "config.json")
-    config = glm_config(original)
+    config = config or glm_config(original)
     if (tokenizer := folder / "tokenizer.model").is_file():
         read_sentencepiece(tokenizer)  # refused now, not after the weights
     layout, order = _layout(config), _qkv_order(config, original)
-    shards = _survey(folder, {name: _stacked(parts.values()) for name, parts in layout.items()}, ignore=INV_FREQ)
+    shards = survey(folder, {name: stacked(parts.values()) for name, parts in layout.items()}, ignore=INV_FREQ)
     inv_freq: dict[str, torch.Tensor] = {}
 
     def entries(path: Path) -> Entries:
-        tensors = _read(path)
+        tensors = read_shard(path)
         inv_freq.update({name: tensors.pop(name).clone() for name in [INV_FREQ] if name in tensors})
         made: Entries = {}
         for name, tensor in tensors.items():
@@ -128,7 +125,7 @@ def to_glm(folder: Path, output: Path, overwrite: bool = False) -> None:
             made.update({key: [block] for key, block in zip(layout[name], blocks, strict=True)})
         return made
 
-    with _output(folder, output, overwrite, list(shards), entries) as partial:
+    with checkpoint_folder(folder, output, overwrite, setting, list(shards), entries) as partial:
         save_file(inv_freq, partial / ORIGINAL_INV_FREQ)
         shutil.copyfile(folder / "config.json", partial / ORIGINAL_CONFIG)
         if tokenizer.is_file():
@@ -154,11 +151,11 @@ def to_original(folder: Path, output: Path, overwrite: bool = False) -> None:
     else:
         original = {**NEW, **{name: value for name, value in fields.items() if (name, value) != ("rope_ratio", 1)}}
     layout, order = _layout(config), _qkv_order(config, original)
-    shards = _survey(folder, {key: shape for parts in layout.values() for key, shape in parts.items()})
+    shards = survey(folder, {key: shape for parts in layout.values() for key, shape in parts.items()})
     file_of = {key: path for path, keys in shards.items() for key in keys}
 
     def entries(path: Path) -> Entries:
-        read = functools.cache(_read)  # q, k and v of one layer may lie in different shards
+        read = functools.cache(read_shard)  # q, k and v of one layer may lie in different shards
         made: Entries = {}
         for name, parts in layout.items():
             if file_of[next(iter(parts))] == path:
@@ -167,11 +164,11 @@ def to_original(folder: Path, output: Path, overwrite: bool = False) -> None:
         if path == next(iter(shards)):
             kept = folder / ORIGINAL_INV_FREQ
             dtype = read(file_of[EMBEDDING])[EMBEDDING].dtype
-            buffers = _read(kept) if kept.is_file() else {INV_FREQ: _inv_freq(config.head_dim // 2, dtype)}
+            buffers = read_shard(kept) if kept.is_file() else {INV_FREQ: _inv_freq(config.head_dim // 2, dtype)}
             made |= {name: [tensor] for name, tensor in buffers.items()}
         return made
 
-    with _output(folder, output, overwrite, list(shards), entries) as partial:
+    with checkpoint_folder(folder, output, overwrite, "output_dir", list(shards), entries) as partial:
         write_json(partial / "config.json", original)
 
 
@@ -224,91 +221,3 @@ def _qkv_order(config: Any, original: dict[str, Any]) -> torch.Tensor | None:
 def _inv_freq(dim: int, dtype: torch.dtype) -> torch.Tensor:
     """The buffer of the original, [dim / 2], which computes it in the checkpoint's own precision."""
     return 1.0 / (10000 ** (torch.arange(0, dim, 2).to(dtype) / dim))
-
-
-def _stacked(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of blocks of rows one below the other."""
-    shapes = list(shapes)
-    return sum(shape[0] for shape in shapes), *shapes[0][1:]
-
-
-def _survey(folder: Path, expected: dict[str, tuple[int, ...]], ignore: str = "") -> dict[Path, list[str]]:
-    """The shards with the names of their tensors. Raises UserError unless each of `expected` is there, once, alone."""
-    paths: list[Path] = []
-    for name in ("pytorch_model.bin", "model.safetensors"):  # the later wins, as in transformers
-        if (index := folder / f"{name}.index.json").is_file():
-            paths = [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
-        if (folder / name).is_file():
-            paths = [folder / name]
-    if not paths:
-        raise UserError(f"{folder} holds no model.safetensors, no pytorch_model.bin and no index of either's shards")
-    tensors = [(path, name, tensor.shape, tensor.dtype) for path in paths for name, tensor in _read(path).items()]
-    count = Counter(name for _, name, _, _ in tensors)
-    faults = {
-        "missing": [name for name in expected if name not in count],
-        "surplus": [name for name in count if name not in expected and name != ignore],
-        "twice": [name for name, n in count.items() if n > 1],
-        "wrong": [
-            f"{name} {dtype} {list(shape)} instead of {list(expected.get(name, shape))}"
-            for _, name, shape, dtype in tensors
-            if tuple(shape) != expected.get(name, tuple(shape)) or dtype not in DTYPES
-        ],
-    }
-    if any(faults.values()):
-        said = [f"{kind}: {', '.join(f[:6])}{' ...' * (len(f) > 6)} ({len(f)})" for kind, f in faults.items() if f]
-        raise UserError(f"{folder}: the tensors are not those of its config.json; {'; '.join(said)}")
-    return {path: [name for file, name, _, _ in tensors if file == path] for path in paths}
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a shard, mapped from its file: memory holds what is touched, until they are let go."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        read = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-        return {name: tensor for name, tensor in read.items() if isinstance(tensor, torch.Tensor)}
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), repr(error))}") from None
-
-
-@contextlib.contextmanager
-def _output(
-    folder: Path, output: Path, overwrite: bool, shards: list[Path], entries: Callable[[Path], Entries]
-) -> Iterator[Path]:
-    """The folder to become `output`, with tokenizer.model and one safetensors file per shard of `folder` in it."""
-    if output.resolve() == folder.resolve():
-        raise UserError(f"output={output} is the checkpoint itself; give another folder")
-    require_disk(output, sum(path.stat().st_size for path in shards), "output")
-    with fresh_folder(output, OURS, overwrite, setting="output") as partial:
-        if (folder / "tokenizer.model").is_file():
-            shutil.copyfile(folder / "tokenizer.model", partial / "tokenizer.model")
-        weight_map, size = {}, 0
-        for i, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            tensors = entries(shard)
-            weight_map.update(dict.fromkeys(tensors, name))
-            size += _write(partial / name, tensors)
-            del tensors  # before the next shard is mapped
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(partial / "model.safetensors.index.json", index)
-        yield partial
-
-
-def _write(path: Path, tensors: Entries) -> int:
-    """A safetensors file written block by block (save_file would copy the shard); gives the bytes of the tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, blocks in tensors.items():
-        start, end = end, end + sum(block.nbytes for block in blocks)
-        if len({block.dtype for block in blocks}) > 1:
-            raise UserError(f"{name} would have rows of several dtypes; save the model in one")
-        shape = _stacked(block.shape for block in blocks)
-        header[name] = {"dtype": DTYPES[blocks[0].dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for block in itertools.chain.from_iterable(tensors.values()):
-            file.write(block.detach().contiguous().view(torch.uint8).numpy().data)
-    return end

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from transformers.utils import logging as transformers_logging
 
 from longalign.data.template import Template
 from longalign.errors import UserError
 from longalign.files import read_json
-from longalign.model import chatglm
+from longalign.model import original
+from longalign.model.chatglm import glm_config
 from longalign.model.cost import shape_of
 from longalign.model.rope import check_inv_freq, restore_inv_freq, set_theta
-from longalign.progress import console
+from longalign.model.spm import chatglm_tokenizer, exact_llama, is_bare_llama
+from longalign.progress import console, note
 from longalign.schema import Config
 
 RECORD = "longalign.json"  # beside an exported model: the template it was trained with
@@ -25,15 +27,10 @@ RECORD = "longalign.json"  # beside an exported model: the template it was train
 
 def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
     """kind.from_pretrained(path), with the usual failures told in one message."""
-    if chatglm.is_original(Path(path)):
-        raise UserError(
-            f"{setting}={path} is in ChatGLM's original layout; "
-            f"`longalign convert model.path={path} output_dir=NEW` makes a folder to use instead"
-        )
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{setting}={path}: no such folder")
     try:
-        return kind.from_pretrained(path, **kwargs)
+        return kind.from_pretrained(path, trust_remote_code=False, **kwargs)  # unset, transformers would ask
     except (OSError, ValueError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(
@@ -42,8 +39,17 @@ def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of model.tokenizer. Raises UserError."""
-    tokenizer = _load(AutoTokenizer, config.model.tokenizer, "model.tokenizer")
+    """The tokenizer of model.tokenizer, with the ids of sentencepiece where it is one. Raises UserError."""
+    path = config.model.tokenizer
+    if folder := original.find(path):
+        return chatglm_tokenizer(folder / "tokenizer.model")
+    tokenizer = _load(LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer, path, "model.tokenizer")
+    if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
+        said = "a space before every segment" if tokenizer.legacy else "no space before later segments, as Llama-2"
+        note(f"model.tokenizer={path}: legacy={str(tokenizer.legacy).lower()} ({said}; tokenizer_config.json decides)")
+        tokenizer = exact_llama(tokenizer)
+    if read_record(path).get("split_special_tokens"):
+        tokenizer.split_special_tokens = True
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer={config.model.tokenizer} has no EOS token: answers could not end")
     return tokenizer
@@ -58,10 +64,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def read_record(path: str) -> dict[str, Any]:
+    """What our own export noted beside a model; nothing for any other."""
+    record = Path(path) / RECORD
+    return read_json(record) if record.is_file() else {}
+
+
 def template_settings(config: Config) -> dict[str, Any]:
     """`template` and `chat_template_kwargs`; template=auto takes what is recorded beside the model, else the preset."""
-    record = Path(config.model.path) / RECORD
-    recorded = read_json(record) if record.is_file() else {}
+    recorded = read_record(config.model.path)
     learnt = recorded.get("template", "text") != "text"  # a base is yet to learn a template
     name = config.template
     if name == "auto":
@@ -76,10 +87,28 @@ def load_template(config: Config) -> Template:
     return Template(settings["template"], load_tokenizer(config), settings["chat_template_kwargs"])
 
 
+def _told_config(config: Config) -> Any:
+    """The Hugging Face config of model.path as its files tell it, and once a word on whose rotary base will hold."""
+    path, theta = config.model.path, config.model.rope.theta
+    folder = original.find(path)
+    if folder and not read_json(folder / "config.json").get("rope_ratio"):
+        if theta is None:
+            note(
+                f"model.path={path}: config.json tells no rope_ratio, so the rotary base is 10000 as in ChatGLM3-6B; "
+                "LongAlign-6B was trained with model.rope.theta=2000000"
+            )
+        return glm_config(read_json(folder / "config.json"))
+    hf = glm_config(read_json(folder / "config.json")) if folder else _load(AutoConfig, path, "model.path")
+    base = (getattr(hf.get_text_config(), "rope_parameters", None) or {}).get("rope_theta")
+    if base and theta not in (None, base):
+        note(f"model.rope.theta={theta:.12g} replaces the rotary base {base:.12g} of model.path={path}")
+    return hf
+
+
 def load_config(config: Config, shape_only: bool = False) -> Any:
     """The Hugging Face config with model.config and model.rope applied; or only its shape, None if out of reach."""
     try:
-        hf = _load(AutoConfig, config.model.path, "model.path")
+        hf = _told_config(config)
     except UserError:
         if shape_only:
             return None
@@ -108,6 +137,21 @@ def resolve_dtype(config: Config, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
 
 
+def loads_weights(config: Config) -> bool:
+    """Whether the weights are read from somewhere, not drawn from the seed."""
+    return config.model.init == "pretrained" or config.init_from is not None
+
+
+def weights_of(config: Config) -> tuple[str, str]:
+    """The setting that names the weights, and the folder or hub name that transformers reads them from.
+
+    Weights in ChatGLM's original layout are converted first, once. Raises UserError.
+    """
+    setting, path = ("init_from", config.init_from) if config.init_from else ("model.path", config.model.path)
+    folder = original.find(str(path), weights=True)
+    return setting, str(original.converted(folder) if folder else path)
+
+
 def load_model(config: Config, dtype: torch.dtype) -> Any:
     """The causal language model on the CPU in `dtype`, with rotary frequencies checked. Raises UserError.
 
@@ -116,12 +160,12 @@ def load_model(config: Config, dtype: torch.dtype) -> Any:
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
     hf = load_config(config)
-    if config.model.init == "random" and config.init_from is None:
+    if not loads_weights(config):
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     else:
-        setting, path = ("init_from", config.init_from) if config.init_from else ("model.path", config.model.path)
-        model, found = _load(AutoModelForCausalLM, str(path), setting, config=hf, dtype=dtype, output_loading_info=True)
+        setting, path = weights_of(config)
+        model, found = _load(AutoModelForCausalLM, path, setting, config=hf, dtype=dtype, output_loading_info=True)
         if lost := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
             raise UserError(f"{setting}={path} lacks {len(lost)} weights of this model, among them {lost[0]}")
     restore_inv_freq(model)

@@ -13,7 +13,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from longalign.model import attention
-from longalign.model.load import load_model, resolve_dtype
+from longalign.model.load import load_model, loads_weights, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.model.rope import check_inv_freq, restore_inv_freq
 from longalign.schema import Config
@@ -80,7 +80,7 @@ def build_engine(config: Config, ranks: int) -> Any:
     settings = deepspeed_config(config, ranks, dtype)
     # While this object lives, from_pretrained shards every weight as it is read instead of holding all on each rank.
     # Random weights are drawn whole, so that they do not depend on the number of ranks.
-    sharded = config.cluster.zero_stage == 3 and (config.model.init == "pretrained" or config.init_from is not None)
+    sharded = config.cluster.zero_stage == 3 and loads_weights(config)
     zero3 = HfDeepSpeedConfig(settings) if sharded else None
     model = load_model(config, dtype)
     attention.install(model, attention.choose_backend(config.model.attention, device)[0])

@@ -9,8 +9,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from longalign.data.jinja import EXPORTED
 from longalign.data.plan import read_data
-from longalign.data.template import LLAMA_JINJA
 from longalign.files import disk_errors, fresh_folder, write_json
 from longalign.model.load import RECORD, load_tokenizer
 from longalign.schema import Config
@@ -38,12 +38,16 @@ def export(engine: Any, config: Config, folder: Path) -> None:
             model.save_pretrained(partial, state_dict=state)
             tokenizer = load_tokenizer(config)
             data = read_data(config.data_dir)[1]  # what was trained on tells how to ask, whatever the presets say now
-            template = {key: data.get(key) for key in ("template", "chat_template_kwargs")}
-            if template["template"] == "longalign-llama":
-                tokenizer.chat_template = LLAMA_JINJA
+            template = {"template": data["template"], "chat_template_kwargs": data.get("chat_template_kwargs")}
+            record = {
+                **template,
+                "max_length": config.max_length,
+                "base": config.init_from or config.model.path,
+                "split_special_tokens": tokenizer.split_special_tokens,
+            }
+            if jinja := EXPORTED.get(template["template"]):
+                tokenizer.chat_template = jinja
+                tokenizer.split_special_tokens = False  # other programs read the special tokens of a rendered text
             tokenizer.save_pretrained(partial)
-            write_json(
-                partial / RECORD,
-                {**template, "max_length": config.max_length, "base": config.init_from or config.model.path},
-            )
+            write_json(partial / RECORD, record)
     dist.barrier()

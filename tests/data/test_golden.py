@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaTokenizer
 
+from longalign.config import compose_config
 from longalign.data.messages import BadSample, conversation
 from longalign.data.packing import next_fit
 from longalign.data.template import IGNORE, Row, Template
 from longalign.data.truncate import truncate
+from longalign.model.load import load_tokenizer
 from longalign.model.spm import chatglm_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-FAMILIES = {"chatglm": "longalign-chatglm", "llama_nonlegacy": "longalign-llama"}
+LLAMA = ("llama_legacy", "llama_nonlegacy")
+FAMILIES = ("chatglm", *LLAMA)
 # The reference marks answers with text of its own, and breaks where a user or an answer contains those marks.
 BROKEN_BY_ITS_MARKERS = {54, 58}
 TARGETLESS = ("filtered_no_target", "dropped_no_pair")
@@ -34,13 +36,17 @@ RIGHT = json.loads((GOLDEN / "tokenize" / "where_reference_is_right.json").read_
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
-    folder = tmp_path_factory.mktemp("llama")
-    shutil.copy(GOLDEN / "tokenize" / "llama_tokenizer.model", folder / "tokenizer.model")
-    tokenizers = {
-        "chatglm": chatglm_tokenizer(GOLDEN / "chatglm_tokenizer" / "tokenizer.model"),
-        "llama_nonlegacy": LlamaTokenizer.from_pretrained(folder, legacy=False),
-    }
-    return {family: Template(name, tokenizers[family]) for family, name in FAMILIES.items()}
+    """Llama's as a command loads them: a folder with `tokenizer.model` and `legacy` in tokenizer_config.json."""
+    chatglm = chatglm_tokenizer(GOLDEN / "chatglm_tokenizer" / "tokenizer.model")
+    made = {"chatglm": Template("longalign-chatglm", chatglm)}
+    for family in LLAMA:
+        folder = tmp_path_factory.mktemp(family)
+        shutil.copy(GOLDEN / "tokenize" / "llama_tokenizer.model", folder / "tokenizer.model")
+        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": family == "llama_legacy"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        config = compose_config("tokenize", [f"model.tokenizer={folder}"])
+        made[family] = Template("longalign-llama", load_tokenizer(config))
+    return made
 
 
 def encode(sample: dict[str, Any], template: Template) -> Row:
@@ -85,8 +91,10 @@ def test_rows_where_the_reference_is_right(family: str, expected: dict, template
 
 def test_enough_cases_are_compared() -> None:
     whole = [case for case in cases("nostrip") if case.values[1]["status"] in ("ok", "truncated")]
-    assert len(whole) >= 48
-    assert len(cases("as_is")) >= 28
+    assert len(whole) >= 72
+    assert len(cases("as_is")) >= 42
+    inputs = [{row["id"]: row["inputs"] for row in lines(f"tokenised_{family}_nostrip.jsonl")} for family in LLAMA]
+    assert sum(inputs[0][number] != inputs[1][number] for number in inputs[0]) > 20, "the two kinds are told apart"
 
 
 # -- where the reference is wrong: one test for each line of docs/differences.md about rows ----------------------
@@ -114,8 +122,9 @@ def test_an_exact_fit_stays(templates: dict[str, Template]) -> None:
     assert row.labels[-1] == templates["chatglm"].tokenizer.eos_token_id, "not cut"
 
 
-def test_a_special_token_that_a_user_wrote_is_text(templates: dict[str, Template]) -> None:
-    template = templates["llama_nonlegacy"]
+@pytest.mark.parametrize("family", LLAMA)
+def test_a_special_token_that_a_user_wrote_is_text(family: str, templates: dict[str, Template]) -> None:
+    template = templates[family]
     row = encode(SAMPLES[50], template)
     assert "what is </s> for?" in template.tokenizer.decode(row.input_ids)
     assert row.input_ids.count(template.tokenizer.eos_token_id) == 1, "the one that ends the row"

@@ -7,8 +7,9 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
+from longalign.data import jinja
 from longalign.data.messages import BadSample, Messages
-from longalign.data.template import IGNORE, LLAMA_JINJA, Row, Template
+from longalign.data.template import IGNORE, Row, Template
 from longalign.data.truncate import MARGIN, truncate
 from longalign.errors import UserError
 from tests.conftest import TINY, WORDS
@@ -25,11 +26,11 @@ FORGETFUL = (
 )
 
 
-def tokenizer(jinja: str | None = None):
+def tokenizer(template: str | None = None):
     made = AutoTokenizer.from_pretrained(TINY)
-    if jinja:
+    if template:
         made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        made.chat_template = jinja
+        made.chat_template = template
     return made
 
 
@@ -132,7 +133,7 @@ def test_a_tokenizer_without_chat_template_is_refused() -> None:
 
 def test_exported_jinja_renders_the_same_text() -> None:
     made = tokenizer()
-    made.chat_template = LLAMA_JINJA
+    made.chat_template = jinja.LLAMA
     rng = random.Random(1)
     for number in range(20):
         messages = random_conversation(rng, rng.randint(1, 3), system=number % 2 == 0)

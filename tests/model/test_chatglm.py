@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longalign.errors import UserError
-from longalign.model import chatglm
+from longalign.model import chatglm, shards
 from longalign.model.chatglm import glm_config, is_original, to_glm, to_original
 from longalign.model.rope import check_inv_freq
 from longalign.model.spm import SPECIAL, chatglm_tokenizer
@@ -321,7 +321,7 @@ def test_memory_stays_near_the_largest_shard(tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / kind, **shape, padded_vocab_size=256)
         (folder / "model.safetensors").unlink()
         layout = chatglm._layout(glm_config(json.loads((folder / "config.json").read_text())))
-        tensors = {name: torch.ones(chatglm._stacked(parts.values())) for name, parts in layout.items()}
+        tensors = {name: torch.ones(shards.stacked(parts.values())) for name, parts in layout.items()}
         write(folder, tensors, kind, 3)
     largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert largest > 60e6
