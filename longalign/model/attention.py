@@ -1,6 +1,6 @@
 """Attention over a pack: every document attends to itself alone, without a mask of size T x T.
 
-One function, two backends. It is registered with transformers under the name "longalign", so that plain models
+One function, five backends. It is registered with transformers under the name "longalign", so that plain models
 call it; the pack's boundaries travel as keyword arguments through the model's forward.
 
 Shapes: T tokens of the pack, H query heads, K key-value heads (K divides H), D head dimension.
@@ -8,6 +8,7 @@ Shapes: T tokens of the pack, H query heads, K key-value heads (K divides H), D 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,25 +18,53 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from longalign.errors import UserError
+from longalign.model import kernels
 
 NAME = "longalign"
-Backend = Literal["varlen", "sdpa"]
+Backend = Literal["flash4", "flash3", "flash2", "varlen", "sdpa"]
+ABOUT: dict[Backend, str] = {
+    "flash4": "flash-attn-4, for Hopper and Blackwell",
+    "flash3": "flash-attn-3, for Hopper",
+    "flash2": "flash-attn 2",
+    "varlen": "torch's variable-length flash attention",
+    "sdpa": "scaled_dot_product_attention per document, runs anywhere",
+}
 
 
-def choose_backend(wanted: str, device: str) -> tuple[Backend, str]:
-    """The backend for `model.attention=wanted` and why. Raises UserError if it cannot run."""
+def why_not(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps a backend from running here; None if nothing does."""
+    if backend == "sdpa":
+        return None
+    if device != "cuda":
+        return "it needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, the model in {str(dtype).removeprefix('torch.')}"
+    package = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn.flash_attn_interface"}
+    chip = torch.cuda.get_device_capability()
+    lowest = (9, 0) if backend in ("flash4", "flash3") else (8, 0)
+    if chip < lowest or (backend == "flash3" and chip[0] != 9):
+        return f"it does not run on {torch.cuda.get_device_name()} (compute capability {chip[0]}.{chip[1]})"
+    if head_dim > (128 if backend == "flash4" else 256):
+        return f"its heads have at most {128 if backend == 'flash4' else 256} dimensions, the model's have {head_dim}"
+    wanted = package.get(backend, "torch.nn.attention.varlen")
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-
-        available = device == "cuda"
-        why_not = "it needs a CUDA device"
+        found = find_spec(wanted) is not None
     except ImportError:
-        available, why_not = False, f"torch {torch.__version__} has none; it came with 2.10"
-    if wanted == "varlen" and not available:
-        raise UserError(f"model.attention=varlen cannot run here: {why_not}; use model.attention=sdpa")
-    if wanted == "varlen" or (wanted == "auto" and available):
-        return "varlen", "torch's variable-length flash attention, on CUDA"
-    return "sdpa", "scaled_dot_product_attention per document, runs anywhere"
+        found = False
+    return None if found else f"{wanted} is not installed"
+
+
+def choose_backend(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
+    """The backend for `model.attention=wanted` and why; auto is the first that runs. Raises UserError if it cannot run."""
+    reasons = []
+    for backend, about in ABOUT.items():
+        if wanted not in ("auto", backend):
+            continue
+        problem = why_not(backend, device, dtype, head_dim)
+        if problem is None:
+            return backend, about + "".join(f"; no {reason}" for reason in reasons)
+        reasons.append(f"{backend}: {problem}")
+    raise UserError(f"model.attention={wanted} cannot run here: {problem}; use model.attention=auto")
 
 
 def packed_attention(
@@ -46,15 +75,27 @@ def packed_attention(
     max_seqlen: int,
     scale: float,
     backend: Backend,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Causal attention within each document. cu_seqlens: int32 [documents + 1], from 0 to T. Returns [T, H, D]."""
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    if backend == "flash4":
+        return kernels.flash4(q_THD, k_TKD, v_TKD, cu_seqlens, max_seqlen, scale, deterministic)[0]
+    if backend == "flash3":
+        from flash_attn_interface import flash_attn_varlen_func as flash3
+
+        out = flash3(q_THD, k_TKD, v_TKD, *bounds, softmax_scale=scale, causal=True, deterministic=deterministic)
+        return out[0] if isinstance(out, tuple) else out
+    if backend == "flash2":
+        from flash_attn import flash_attn_varlen_func as flash2
+
+        return flash2(q_THD, k_TKD, v_TKD, *bounds, softmax_scale=scale, causal=True, deterministic=deterministic)
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         groups = q_THD.shape[1] // k_TKD.shape[1]
         if groups > 1:  # torch 2.11 has no grouped-query argument
             k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
-        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         out_THD = varlen_attn(q_THD, k_TKD, v_TKD, *bounds, scale=scale, window_size=(-1, 0))
         assert isinstance(out_THD, torch.Tensor)
         return out_THD
@@ -69,7 +110,7 @@ def packed_attention(
     return torch.cat(out)
 
 
-def install(model: Any, backend: Backend) -> None:
+def install(model: Any, backend: Backend, deterministic: bool = False) -> None:
     """Make a transformers model use `packed_attention`. Raises UserError for models it would be wrong for."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -96,7 +137,7 @@ def install(model: Any, backend: Backend) -> None:
             raise AssertionError("attention dropout is not supported in packs")
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_THD = packed_attention(q_THD, k_TKD, v_TKD, cu_seq_lens_q, int(max_length_q), scale, backend)
+        out_THD = packed_attention(q_THD, k_TKD, v_TKD, cu_seq_lens_q, int(max_length_q), scale, backend, deterministic)
         return out_THD[None], None
 
     AttentionInterface.register(NAME, forward)

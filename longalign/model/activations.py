@@ -1,0 +1,174 @@
+"""What the forward pass keeps for the backward pass, and what is computed again.
+
+Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m MLP width, all in elements):
+
+    full        layer input                          2h                 everything is computed again
+    selective   + attention output and its sums      + 2q + 4 heads     no attention is computed again
+    budget      + the matmuls' outputs, in as many   + 2q + 4k + 2h     no matmul is computed again in these layers
+                layers as memory holds                + 4m
+    none        everything                           about 12h + 6m     nothing is
+    offload     layer input, in host memory          0                  everything is
+
+Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint, which
+selects what to keep by operator (torch.utils.checkpoint.create_selective_checkpoint_contexts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longalign.model.cost import shape_of
+
+Policy = Literal["full", "selective", "budget", "offload", "none"]
+aten = torch.ops.aten
+MATMULS = (aten.mm.default, aten.addmm.default)
+# Operators that attention and rotary embeddings go by: ours, torch's varlen, flash-attn 2 and 3, SDPA.
+NAMESPACES = ("torch_attn", "flash_attn", "flash_attn_3")
+SDPA = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+MARGIN = 0.04  # of the device's memory, left free
+
+
+class Activations:
+    """Decides, before every micro-step, what the layers of a model keep."""
+
+    def __init__(self, model: Any, policy: Policy):
+        self.policy = policy
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
+        self.shape = shape_of(model.config)
+        self.offload = Offload() if policy == "offload" else None
+        self.fixed = 0  # bytes that stand on the device between micro-steps: weights, gradients, optimizer states
+        self.passing = 0.0  # bytes a token needs for a while, as measured; 0 = not measured yet
+        if policy == "none":
+            return
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for number, layer in enumerate(self.layers):
+            layer._gradient_checkpointing_func = partial(self._run, number, _linears(layer))
+
+    def _run(self, number: int, linears: list[torch.nn.Linear], function: Callable[..., Any], *args: Any) -> Any:
+        if self.policy in ("full", "offload"):
+            if self.offload:
+                with self.offload.layer(number):
+                    return checkpoint(function, *args, use_reentrant=False)
+            return checkpoint(function, *args, use_reentrant=False)
+        kept = linears if number >= len(self.layers) - self.with_matmuls else []
+        contexts = partial(create_selective_checkpoint_contexts, partial(_choose, kept))
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    # -- budget: bytes ------------------------------------------------------------------------------------
+
+    def bytes_per_token(self) -> tuple[int, int]:
+        """(what selective keeps in all layers, what one layer's matmuls add), in bf16."""
+        s = self.shape
+        q, kv = s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"]
+        kept = 2 * s["hidden"] + 2 * q + 4 * s["heads"]
+        return kept * s["layers"], 2 * (q + kv + s["hidden"] + 2 * s["intermediate"])
+
+    def before(self, tokens: int) -> None:
+        """Choose for a micro-step of so many tokens. Until one was measured, nothing beyond `selective` is kept."""
+        if self.policy != "budget" or not torch.cuda.is_available():
+            return
+        self.fixed = max(self.fixed, torch.cuda.memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        self.tokens, self.with_matmuls = tokens, 0
+        if self.passing:
+            always, a_layer = self.bytes_per_token()
+            room = torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
+            room -= tokens * (always + self.passing)
+            self.with_matmuls = max(0, min(len(self.layers), int(room / (tokens * a_layer))))
+
+    def after(self) -> None:
+        """Measure what the micro-step needed beyond what was kept."""
+        if self.policy == "budget" and torch.cuda.is_available():
+            always, a_layer = self.bytes_per_token()
+            used = torch.cuda.max_memory_allocated() - self.fixed
+            passing = used / self.tokens - always - self.with_matmuls * a_layer
+            self.passing = max(self.passing, passing, 1.0)
+
+
+def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Those whose outputs the backward pass needs: not the last (down_proj), whose output is only added."""
+    return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)][:-1]
+
+
+def _choose(kept: list[torch.nn.Linear], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default:
+        return CheckpointPolicy.MUST_SAVE
+    if kept and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], kept))):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_of(matrix: torch.Tensor, linears: list[torch.nn.Linear]) -> bool:
+    return any(matrix.data_ptr() == linear.weight.data_ptr() for linear in linears)
+
+
+class Offload:
+    """Layer inputs in pinned host memory, copied while the device computes."""
+
+    def __init__(self) -> None:
+        self.host: dict[int, torch.Tensor] = {}  # a layer's buffer, kept from one micro-step to the next
+        self.coming: dict[int, torch.Tensor] = {}  # on their way back
+        self.shapes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def layer(self, number: int) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(partial(self._leave, number), self._return)
+
+    def _leave(self, number: int, tensor: torch.Tensor) -> torch.Tensor | int:
+        if not tensor.dtype.is_floating_point or tensor.dim() != 3:
+            return tensor
+        host = self._buffer(number, tensor)
+        self.shapes[number] = (tensor.shape, tensor.dtype, tensor.device)
+        if self.stream is None or not tensor.is_cuda:
+            host.copy_(tensor.detach())
+            return number
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(self.stream)
+        return number
+
+    def _return(self, kept: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        tensor = self._fetch(kept)
+        if self.stream is not None and tensor.is_cuda:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            if kept - 1 in self.shapes:  # the next one, while this layer is computed
+                self.coming[kept - 1] = self._fetch(kept - 1)
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+    def _fetch(self, number: int) -> torch.Tensor:
+        if number in self.coming:
+            return self.coming.pop(number)
+        shape, dtype, device = self.shapes.pop(number)
+        host = self.host[number][: shape.numel()].view(shape)
+        if self.stream is None or device.type != "cuda":
+            return host.to(device, copy=True)
+        with torch.cuda.stream(self.stream):
+            return host.to(device, non_blocking=True)
+
+    def _buffer(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Exactly as large as needed: torch's own pinned memory is rounded up to powers of two."""
+        have = self.host.get(number)
+        if have is None or have.numel() < tensor.numel() or have.dtype != tensor.dtype:
+            if have is not None and tensor.is_cuda:
+                torch.cuda.cudart().cudaHostUnregister(have.data_ptr())
+            have = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            if tensor.is_cuda:
+                torch.cuda.cudart().cudaHostRegister(have.data_ptr(), have.nbytes, 0)
+            self.host[number] = have
+        return have[: tensor.numel()].view(tensor.shape)
