@@ -14,8 +14,9 @@ from longalign.files import write_text
 
 def cut_after(path: Path, done_steps: int) -> None:
     """Take away the rows after `done_steps` that a killed run wrote past its checkpoint."""
-    rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.is_file():
+        rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def open_metrics(path: Path, done_steps: int) -> TextIO:
