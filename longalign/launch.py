@@ -24,7 +24,7 @@ from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, s
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
-from longalign.model.load import loads_weights, resolve_device, resolve_dtype, weights_of
+from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
 from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, count_parameters
 from longalign.progress import console, warn
 from longalign.schema import Config
@@ -72,7 +72,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
     """What `train` is about to do, as lines of a table; warns if ranks will idle."""
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
     steps = steps_to_train(manifest["steps"], config)
-    backend, why = attention.choose_backend(config.model.attention, config.cluster.device)
+    backend, why = attention.backend_of(config, load_config(config), config.cluster.device)
     ranks = int(config.cluster.processes)
     packs = plan.step(1)
     if len(packs) < ranks:

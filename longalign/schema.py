@@ -33,7 +33,8 @@ class Model(Strict):
     chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
     dtype: Literal["auto", "float32", "bfloat16"]
-    attention: Literal["auto", "varlen", "sdpa"]
+    attention: Literal["auto", "flash4", "flash3", "flash2", "varlen", "sdpa"]
+    kernels: Literal["auto", "none"]
     init: Literal["pretrained", "random"]
     rope: Rope
     config: dict[str, Any]
@@ -134,7 +135,9 @@ class Config(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     betas: tuple[Fraction, Fraction]
     grad_clip: Annotated[float, Field(gt=0)] | None
-    gradient_checkpointing: bool
+    activations: Literal["auto", "full", "selective", "budget", "offload", "none"]
+    slice_tokens: PositiveInt | None
+    deterministic: bool
     save_every: PositiveInt | None
     eval_every: PositiveInt | None
     keep_last: PositiveInt

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -43,6 +44,35 @@ class Batch:
             if isinstance(value := getattr(self, field.name), torch.Tensor):
                 setattr(moved, field.name, value.to(device))
         return moved
+
+
+def cut(batch: Batch, weights_NC: torch.Tensor, limit: int) -> list[tuple[Batch, torch.Tensor]]:
+    """The batch in slices of at most `limit` tokens, cut at document borders; a longer document is a slice of its own.
+
+    Documents do not see each other and each target carries its weight, so that the slices' losses and gradients add up
+    to the batch's.
+    """
+    ends = batch.cu_seqlens.tolist()
+    cuts = [0]  # documents before which a slice begins
+    for document in range(1, len(ends) - 1):
+        if ends[document + 1] - ends[cuts[-1]] > limit:
+            cuts.append(document)
+    slices = []
+    for first, last in pairwise([*cuts, len(ends) - 1]):
+        start, stop = ends[first], ends[last]
+        mine = (batch.target_sample >= first) & (batch.target_sample < last)
+        piece = Batch(
+            input_ids=batch.input_ids[:, start:stop],
+            position_ids=batch.position_ids[:, start:stop],
+            cu_seqlens=batch.cu_seqlens[first : last + 1] - start,
+            max_seqlen=max(b - a for a, b in pairwise(ends[first : last + 1])),
+            target_rows=batch.target_rows[mine] - start,
+            target_ids=batch.target_ids[mine],
+            target_sample=batch.target_sample[mine] - first,
+            n_target=batch.n_target[first:last],
+        )
+        slices.append((piece, weights_NC[mine]))
+    return slices
 
 
 def concatenate(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Batch:

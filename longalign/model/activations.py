@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longalign.model.cost import shape_of
+from longalign.schema import Config
 
 Policy = Literal["full", "selective", "budget", "offload", "none"]
 aten = torch.ops.aten
@@ -37,19 +38,28 @@ SDPA = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 MARGIN = 0.04  # of the device's memory, left free
+LEAST_SLICE = 4096  # tokens; shorter slices leave a large GPU waiting for work
+
+
+def resolve_policy(config: Config, device: str) -> Policy:
+    """config.activations; auto is budget on CUDA and full on a CPU, whose free memory nobody promises."""
+    if config.activations == "auto":
+        return "budget" if device == "cuda" else "full"
+    return config.activations
 
 
 class Activations:
-    """Decides, before every micro-step, what the layers of a model keep."""
+    """Decides, before every micro-step, what the layers of a model keep.
+
+    On a CUDA device `budget` first runs as `selective` and measures; from then on it fills the memory that is free.
+    """
 
     def __init__(self, model: Any, policy: Policy):
         self.policy = policy
-        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
-        self.shape = shape_of(model.config)
         self.offload = Offload() if policy == "offload" else None
-        self.fixed = 0  # bytes that stand on the device between micro-steps: weights, gradients, optimizer states
-        self.passing = 0.0  # bytes a token needs for a while, as measured; 0 = not measured yet
+        self.memory = Memory(model) if policy == "budget" and torch.cuda.is_available() else None
         if policy == "none":
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -57,44 +67,73 @@ class Activations:
             layer._gradient_checkpointing_func = partial(self._run, number, _linears(layer))
 
     def _run(self, number: int, linears: list[torch.nn.Linear], function: Callable[..., Any], *args: Any) -> Any:
-        if self.policy in ("full", "offload"):
-            if self.offload:
-                with self.offload.layer(number):
-                    return checkpoint(function, *args, use_reentrant=False)
+        if self.policy == "full":
             return checkpoint(function, *args, use_reentrant=False)
+        if self.offload:
+            with self.offload.layer(number):
+                return checkpoint(function, *args, use_reentrant=False)
         kept = linears if number >= len(self.layers) - self.with_matmuls else []
         contexts = partial(create_selective_checkpoint_contexts, partial(_choose, kept))
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
-    # -- budget: bytes ------------------------------------------------------------------------------------
-
-    def bytes_per_token(self) -> tuple[int, int]:
-        """(what selective keeps in all layers, what one layer's matmuls add), in bf16."""
-        s = self.shape
-        q, kv = s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"]
-        kept = 2 * s["hidden"] + 2 * q + 4 * s["heads"]
-        return kept * s["layers"], 2 * (q + kv + s["hidden"] + 2 * s["intermediate"])
+    def slice_tokens(self) -> int | None:
+        """Tokens that run without computing anything twice; None if that is not known or not worth a slice."""
+        limit = self.memory.whole_tokens() if self.memory else 0
+        return limit if limit >= LEAST_SLICE else None
 
     def before(self, tokens: int) -> None:
-        """Choose for a micro-step of so many tokens. Until one was measured, nothing beyond `selective` is kept."""
-        if self.policy != "budget" or not torch.cuda.is_available():
+        """Choose for a micro-step of so many tokens."""
+        if not self.memory:
             return
-        self.fixed = max(self.fixed, torch.cuda.memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-        self.tokens, self.with_matmuls = tokens, 0
-        if self.passing:
-            always, a_layer = self.bytes_per_token()
-            room = torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
-            room -= tokens * (always + self.passing)
-            self.with_matmuls = max(0, min(len(self.layers), int(room / (tokens * a_layer))))
+        whole, self.with_matmuls = self.memory.choose(tokens)
+        for layer in self.layers:
+            layer.gradient_checkpointing = not whole
 
     def after(self) -> None:
-        """Measure what the micro-step needed beyond what was kept."""
-        if self.policy == "budget" and torch.cuda.is_available():
-            always, a_layer = self.bytes_per_token()
-            used = torch.cuda.max_memory_allocated() - self.fixed
-            passing = used / self.tokens - always - self.with_matmuls * a_layer
-            self.passing = max(self.passing, passing, 1.0)
+        """Learn from the micro-step that ended."""
+        if self.memory:
+            self.memory.learn()
+
+
+class Memory:
+    """How many bytes of the device a micro-step takes: counted from the model's shape, then measured."""
+
+    def __init__(self, model: Any):
+        s = shape_of(model.config)
+        h, q, kv, m = s["hidden"], s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"], s["intermediate"]
+        self.layers, size = s["layers"], 2  # bytes of a bf16 number
+        self.selective = s["layers"] * (size * (h + q) + 4 * s["heads"])  # bytes a token
+        self.matmuls = size * (q + kv + h + 2 * m)  # bytes a token and layer, beyond selective
+        self.whole = 1.25 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m)  # bytes a token if all is kept
+        self.passing = 0.0  # bytes a token beyond what is kept, while one layer is computed; 0 = not measured yet
+        self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
+        self.now = (0, False, 0)  # tokens, whole, layers with matmuls of the present micro-step
+
+    def room(self) -> float:
+        return torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
+
+    def whole_tokens(self) -> int:
+        return int(self.room() / self.whole) // 256 * 256 if self.passing else 0
+
+    def choose(self, tokens: int) -> tuple[bool, int]:
+        """(keep everything, or else in so many layers the matmuls' outputs)."""
+        self.fixed = max(self.fixed, torch.cuda.memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        whole, layers = False, 0
+        if self.passing:
+            whole = tokens * self.whole <= self.room()
+            left = self.room() - tokens * (self.selective + self.passing)
+            layers = max(0, min(self.layers, int(left / (tokens * self.matmuls))))
+        self.now = (tokens, whole, layers)
+        return whole, layers
+
+    def learn(self) -> None:
+        tokens, whole, layers = self.now
+        used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
+        if whole:
+            self.whole = max(self.whole / 1.05, used)
+        elif tokens >= LEAST_SLICE or not self.passing:  # short ones measure workspaces, not tokens
+            self.passing = max(self.passing, used - self.selective - layers * self.matmuls, 1.0)
 
 
 def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
@@ -120,7 +159,7 @@ class Offload:
     def __init__(self) -> None:
         self.host: dict[int, torch.Tensor] = {}  # a layer's buffer, kept from one micro-step to the next
         self.coming: dict[int, torch.Tensor] = {}  # on their way back
-        self.shapes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self.shapes: dict[int, tuple[torch.Size, torch.device]] = {}
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def layer(self, number: int) -> Any:
@@ -130,7 +169,7 @@ class Offload:
         if not tensor.dtype.is_floating_point or tensor.dim() != 3:
             return tensor
         host = self._buffer(number, tensor)
-        self.shapes[number] = (tensor.shape, tensor.dtype, tensor.device)
+        self.shapes[number] = (tensor.shape, tensor.device)
         if self.stream is None or not tensor.is_cuda:
             host.copy_(tensor.detach())
             return number
@@ -154,7 +193,7 @@ class Offload:
     def _fetch(self, number: int) -> torch.Tensor:
         if number in self.coming:
             return self.coming.pop(number)
-        shape, dtype, device = self.shapes.pop(number)
+        shape, device = self.shapes.pop(number)
         host = self.host[number][: shape.numel()].view(shape)
         if self.stream is None or device.type != "cuda":
             return host.to(device, copy=True)

@@ -19,6 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from longalign.errors import UserError
 from longalign.model import kernels
+from longalign.model.cost import shape_of
+from longalign.model.load import resolve_dtype
+from longalign.schema import Config
 
 NAME = "longalign"
 Backend = Literal["flash4", "flash3", "flash2", "varlen", "sdpa"]
@@ -28,6 +31,12 @@ ABOUT: dict[Backend, str] = {
     "flash2": "flash-attn 2",
     "varlen": "torch's variable-length flash attention",
     "sdpa": "scaled_dot_product_attention per document, runs anywhere",
+}
+MODULE: dict[Backend, str] = {
+    "flash4": "flash_attn.cute",
+    "flash3": "flash_attn_interface",
+    "flash2": "flash_attn.flash_attn_interface",
+    "varlen": "torch.nn.attention.varlen",
 }
 
 
@@ -39,24 +48,22 @@ def why_not(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) ->
         return "it needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, the model in {str(dtype).removeprefix('torch.')}"
-    package = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn.flash_attn_interface"}
     chip = torch.cuda.get_device_capability()
     lowest = (9, 0) if backend in ("flash4", "flash3") else (8, 0)
     if chip < lowest or (backend == "flash3" and chip[0] != 9):
         return f"it does not run on {torch.cuda.get_device_name()} (compute capability {chip[0]}.{chip[1]})"
     if head_dim > (128 if backend == "flash4" else 256):
         return f"its heads have at most {128 if backend == 'flash4' else 256} dimensions, the model's have {head_dim}"
-    wanted = package.get(backend, "torch.nn.attention.varlen")
     try:
-        found = find_spec(wanted) is not None
+        found = find_spec(MODULE[backend]) is not None
     except ImportError:
         found = False
-    return None if found else f"{wanted} is not installed"
+    return None if found else f"{MODULE[backend]} is not installed"
 
 
 def choose_backend(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
-    """The backend for `model.attention=wanted` and why; auto is the first that runs. Raises UserError if it cannot run."""
-    reasons = []
+    """The backend for `model.attention=wanted` and why; auto is the first that runs. Raises UserError."""
+    reasons: list[str] = []
     for backend, about in ABOUT.items():
         if wanted not in ("auto", backend):
             continue
@@ -65,6 +72,11 @@ def choose_backend(wanted: str, device: str, dtype: torch.dtype, head_dim: int) 
             return backend, about + "".join(f"; no {reason}" for reason in reasons)
         reasons.append(f"{backend}: {problem}")
     raise UserError(f"model.attention={wanted} cannot run here: {problem}; use model.attention=auto")
+
+
+def backend_of(config: Config, hf: Any, device: str) -> tuple[Backend, str]:
+    """The backend of a run and why. hf: the model's Hugging Face config. Raises UserError."""
+    return choose_backend(config.model.attention, device, resolve_dtype(config, device), shape_of(hf)["head_dim"])
 
 
 def packed_attention(

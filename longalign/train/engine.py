@@ -12,7 +12,8 @@ import deepspeed
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from longalign.model import attention
+from longalign.model import attention, kernels
+from longalign.model.activations import Activations, resolve_policy
 from longalign.model.load import load_model, loads_weights, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.model.rope import check_inv_freq, restore_inv_freq
@@ -83,9 +84,10 @@ def build_engine(config: Config, ranks: int) -> Any:
     sharded = config.cluster.zero_stage == 3 and loads_weights(config)
     zero3 = HfDeepSpeedConfig(settings) if sharded else None
     model = load_model(config, dtype)
-    attention.install(model, attention.choose_backend(config.model.attention, device)[0])
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    attention.install(model, attention.backend_of(config, model.config, device)[0], config.deterministic)
+    if device == "cuda" and config.model.kernels == "auto":
+        kernels.install(model)
+    activations = Activations(model, resolve_policy(config, device))
     model.train()
     groups = parameter_groups(model, config.weight_decay)
     if config.cluster.offload_optimizer:
@@ -104,6 +106,7 @@ def build_engine(config: Config, ranks: int) -> Any:
         )
 
     engine.clip_fp32_gradients = clip
+    engine.activations = activations
     restore_inv_freq(engine.module)  # DeepSpeed may cast or move buffers
     check_inv_freq(engine.module, config.model.rope.theta)
     return engine

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from longalign.data.batch import Batch
+from longalign.data.batch import Batch, cut
 from longalign.data.packing import deal
 from longalign.data.plan import Pack
 from longalign.model.loss import StepTotals, micro_batch
@@ -24,11 +24,17 @@ class MicroStep(NamedTuple):
 
 
 def micro_steps(
-    dataset: Dataset, packs: list[Pack], config: Config, device: torch.device, breakdown: Breakdown | None
+    dataset: Dataset,
+    packs: list[Pack],
+    config: Config,
+    device: torch.device,
+    breakdown: Breakdown | None,
+    slice_tokens: int | None = None,
 ) -> Iterator[MicroStep]:
     """This rank's micro-steps of a step of `packs`: as many as every other rank has, since all call the collectives.
 
-    G, the number of groups whose losses are measured too, is 0 without a breakdown.
+    G, the number of groups whose losses are measured too, is 0 without a breakdown. With slice_tokens the documents of
+    a micro-step run in slices of so many tokens, which may need no recomputation.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     totals, counts = StepTotals.of(packs), breakdown.counts(packs) if breakdown else torch.empty(0)
@@ -40,4 +46,22 @@ def micro_steps(
         if breakdown:
             ids = [sample for pack in some for sample in pack.sample_ids]
             weights = torch.cat([weights, breakdown.weights(batch, ids, counts)], dim=1)
-        yield MicroStep(batch.to(device), weights.to(device) * bool(mine), number == len(dealt))
+        slices = cut(batch, weights * bool(mine), slice_tokens) if slice_tokens else [(batch, weights * bool(mine))]
+        slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
+        for place, (piece, its_weights) in enumerate(slices, start=1):
+            yield MicroStep(piece.to(device), its_weights.to(device), number == len(dealt) and place == len(slices))
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest count of any rank."""
+    if dist.get_world_size() == 1:
+        return count
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def _idle(slices: list[tuple[Batch, torch.Tensor]]) -> tuple[Batch, torch.Tensor]:
+    """The shortest slice with weight 0, for a rank that has fewer than others."""
+    batch, weights = min(slices, key=lambda piece: piece[0].input_ids.shape[1])
+    return batch, torch.zeros_like(weights)

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from longalign.config import load_frozen
 from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
+from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -52,10 +53,14 @@ def train_step(
     nothing is divided by the number of micro-steps.
     """
     shares: torch.Tensor | float = 0.0
-    for batch, weights, is_last in micro_steps(dataset, packs, config, engine.device, breakdown):
+    keep: Activations = engine.activations
+    slice_tokens = config.slice_tokens or keep.slice_tokens()
+    for batch, weights, is_last in micro_steps(dataset, packs, config, engine.device, breakdown, slice_tokens):
+        keep.before(batch.input_ids.numel())
         loss, share = engine(batch, weights)
         engine.set_gradient_accumulation_boundary(is_last)
         engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        keep.after()
         engine.step()
         shares = shares + share
     assert isinstance(shares, torch.Tensor), "a step has packs"

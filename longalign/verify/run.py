@@ -130,7 +130,7 @@ def data_template(config: Config, data: dict[str, Any]) -> Template:
 def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterator[Check]:
     dtype, average = resolve_dtype(config, config.cluster.device), config.strategy.average
     device = config.cluster.device
-    backend = attention.choose_backend(config.model.attention, device)[0]
+    backend = attention.backend_of(config, load_config(config), device)[0]
     plan = Plan(scratch / "plan", data)
     tokens = config.verify.tokens if config.verify.tokens != "auto" else 32768 if device == "cuda" else 2048
     probe = choose(plan, read_data(config.data_dir)[0], config.verify.packs, tokens)

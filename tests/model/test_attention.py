@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +91,8 @@ def test_backend_against_float64(heads: int, kv_heads: int, head_dim: int) -> No
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.attention=varlen cannot run here"):
-        attention.choose_backend("varlen", "cpu")
-    assert attention.choose_backend("auto", "cpu")[0] == "sdpa"
+        attention.choose_backend("varlen", "cpu", torch.bfloat16, 64)
+    assert attention.choose_backend("auto", "cpu", torch.float32, 64)[0] == "sdpa"
     from transformers import MistralConfig, MistralForCausalLM
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -101,15 +103,33 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kv_heads", [8, 2])
-def test_varlen_equals_sdpa_on_a_gpu(kv_heads: int) -> None:
+@pytest.mark.parametrize("backend", ["flash4", "flash3", "flash2", "varlen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 64), (8, 128), (1, 128)])
+def test_backends_equal_sdpa_on_a_gpu(
+    backend: attention.Backend, dtype: torch.dtype, kv_heads: int, head_dim: int
+) -> None:
+    if problem := attention.why_not(backend, "cuda", dtype, head_dim):
+        pytest.skip(f"{backend}: {problem}")
     lengths = [1, 100, 900]
-    draw = lambda h: torch.randn(1001, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    draw = lambda h: torch.randn(1001, h, head_dim, device="cuda", dtype=dtype, requires_grad=True)
     q, k, v = draw(8), draw(kv_heads), draw(kv_heads)
     cu = torch.tensor([0, 1, 101, 1001], dtype=torch.int32, device="cuda")
     results = []
-    for backend in ("varlen", "sdpa"):
-        out = attention.packed_attention(q, k, v, cu, max(lengths), 0.125, backend)  # type: ignore[arg-type]
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for name in (backend, "sdpa"):
+        inputs = (q, k, v) if name == backend else tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+        out = attention.packed_attention(*inputs, cu, max(lengths), head_dim**-0.5, name)  # type: ignore[arg-type]
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() / b.norm() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fused_kernels_equal_transformers_own_on_a_gpu(tmp_path: Path) -> None:
+    """Gradients of a bfloat16 model with Liger's kernels and flash attention, against float64 without."""
+    pytest.importorskip("liger_kernel")
+    code = Path(__file__).with_name("fused.py")  # a process of its own: the rotary embedding is replaced in a module
+    done = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "RoPE" in done.stdout

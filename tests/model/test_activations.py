@@ -1,0 +1,94 @@
+"""Every activation policy computes the same gradients, and keeps what it says it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from longalign.data.batch import cut
+from longalign.model import attention
+from longalign.model.activations import Activations, Policy
+from longalign.model.loss import StepTotals, WeightedLoss, batch_weights
+from tests.model.test_attention import pack
+
+
+class Count(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(model_dir: Path, policy: Policy) -> tuple[WeightedLoss, Activations]:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    attention.install(model, "sdpa")
+    activations = Activations(model, policy)
+    return WeightedLoss(model.train()), activations
+
+
+def batch_of(*lengths: int) -> tuple[object, torch.Tensor]:
+    _, batch = pack(*lengths)
+    totals = StepTotals(len(lengths), 1, int(batch.n_target.sum()))
+    return batch, batch_weights("sequence", batch, torch.zeros(len(lengths), dtype=torch.int64), totals)
+
+
+def gradients(module: WeightedLoss, batch: object, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    module(batch, weights)[0].backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "budget", "offload"])
+def test_every_policy_gives_the_gradients_of_keeping_everything(policy: Policy, model_dir: Path) -> None:
+    batch, weights = batch_of(40, 3, 25, 1)
+    truth = gradients(build(model_dir, "none")[0], batch, weights)
+    module, activations = build(model_dir, policy)
+    for with_matmuls in (0, 1, len(activations.layers)):
+        activations.with_matmuls = with_matmuls
+        for _ in range(2):  # offload uses its buffers again
+            for name, gradient in gradients(module, batch, weights).items():
+                assert torch.equal(gradient, truth[name]), name
+
+
+def test_what_is_computed_again(model_dir: Path) -> None:
+    """Forward and backward together: matmuls and attentions beyond those of keeping everything."""
+    batch, weights = batch_of(40, 3, 25)
+
+    def calls(policy: Policy, with_matmuls: int = 0) -> tuple[int, int, int]:
+        module, activations = build(model_dir, policy)
+        activations.with_matmuls = with_matmuls
+        with Count() as count:
+            gradients(module, batch, weights)
+        attentions = sum(n for name, n in count.calls.items() if name.startswith("_scaled_dot") and "back" not in name)
+        return count.calls["mm"], attentions, len(activations.layers)
+
+    mm, attentions, layers = calls("none")
+    assert calls("full")[:2] == (mm + 6 * layers, 2 * attentions)  # all but down_proj, whose output nobody needs
+    assert calls("selective")[:2] == (mm + 6 * layers, attentions)
+    assert calls("budget", 1)[:2] == (mm + 6 * (layers - 1), attentions)
+    assert calls("budget", layers)[:2] == (mm, attentions)
+
+
+@pytest.mark.parametrize("limit", [1, 30, 44, 1000])
+def test_slices_add_up_to_the_batch(limit: int, model_dir: Path) -> None:
+    batch, weights = batch_of(40, 3, 25, 1, 17)
+    module, _ = build(model_dir, "none")
+    whole, slices = gradients(module, batch, weights), cut(batch, weights, limit)  # type: ignore[arg-type]
+    assert torch.cat([piece.input_ids for piece, _ in slices], dim=1).equal(batch.input_ids)  # type: ignore[attr-defined]
+    assert all(len(piece.n_target) == 1 or piece.input_ids.numel() <= limit for piece, _ in slices)
+    assert len(slices) == {1: 5, 30: 3, 44: 2, 1000: 1}[limit]
+    module.zero_grad()
+    for piece, its_weights in slices:
+        module(piece, its_weights)[0].backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad - whole[name]).norm() <= 1e-5 * whole[name].norm(), name  # type: ignore[operator]
