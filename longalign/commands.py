@@ -166,6 +166,12 @@ def verify(config: Config, dry_run: bool) -> int:
     return run.verify(config, dry_run)
 
 
+def bench(config: Config, dry_run: bool) -> int:
+    from longalign.bench import run
+
+    return run.bench(config, dry_run)
+
+
 def convert(config: Config, dry_run: bool) -> int:
     from longalign.model import chatglm, original
     from longalign.model.load import load_config

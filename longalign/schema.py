@@ -108,6 +108,14 @@ class Verify(Strict):
     tokens: Annotated[int, Field(ge=64)] | Literal["auto"]
 
 
+class Bench(Strict):
+    packs: Annotated[list[str], Field(min_length=1)]
+    attention: Annotated[list[Literal["auto", "flash4", "flash3", "flash2", "varlen", "sdpa"]], Field(min_length=1)]
+    activations: Annotated[list[Literal["full", "selective", "budget", "offload", "none"]], Field(min_length=1)]
+    targets: Fraction
+    repeat: PositiveInt
+
+
 class Config(Strict):
     model: Model
     datanum: DataNum
@@ -153,6 +161,8 @@ class Config(Strict):
     temperature: Annotated[float, Field(ge=0)]
 
     verify: Verify
+
+    bench: Bench
 
     reverse: bool
 

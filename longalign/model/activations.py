@@ -23,6 +23,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from longalign.model import kernels
 from longalign.model.cost import shape_of
 from longalign.schema import Config
 
@@ -81,6 +82,14 @@ class Activations:
         limit = self.memory.whole_tokens() if self.memory else 0
         return limit if limit >= LEAST_SLICE else None
 
+    def describe(self, slices: int) -> str:
+        """What the last micro-step kept, in words."""
+        if self.policy != "budget":
+            return self.policy
+        whole = self.memory is not None and self.memory.now[1]
+        kept = "everything" if whole else f"attention, matmuls in {self.with_matmuls} of {len(self.layers)} layers"
+        return f"{kept}, {slices} slices" if slices > 1 else kept
+
     def before(self, tokens: int) -> None:
         """Choose for a micro-step of so many tokens."""
         if not self.memory:
@@ -103,7 +112,7 @@ class Memory:
         h, q, kv, m = s["hidden"], s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"], s["intermediate"]
         self.layers, size = s["layers"], 2  # bytes of a bf16 number
         self.selective = s["layers"] * (size * (h + q) + 4 * s["heads"])  # bytes a token
-        self.matmuls = size * (q + kv + h + 2 * m)  # bytes a token and layer, beyond selective
+        self.matmuls = 1.3 * size * (q + kv + h + 2 * m)  # bytes a token and layer, beyond selective
         self.whole = 1.25 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m)  # bytes a token if all is kept
         self.passing = 0.0  # bytes a token beyond what is kept, while one layer is computed; 0 = not measured yet
         self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
@@ -132,13 +141,19 @@ class Memory:
         used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
         if whole:
             self.whole = max(self.whole / 1.05, used)
+        elif layers:
+            self.matmuls = (used - self.selective - self.passing) / layers
         elif tokens >= LEAST_SLICE or not self.passing:  # short ones measure workspaces, not tokens
-            self.passing = max(self.passing, used - self.selective - layers * self.matmuls, 1.0)
+            self.passing = max(self.passing, used - self.selective, 1.0)
 
 
 def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Those whose outputs the backward pass needs: not the last (down_proj), whose output is only added."""
-    return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)][:-1]
+    """Those whose outputs the backward pass needs: not the last (down_proj), whose output is only added, and not those
+    that kernels.rope turns, whose own output is kept.
+    """
+    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
+    turned = ("q_proj", "k_proj") if kernels.fuses_rope(layer) else ()
+    return [module for name, module in linears if not name.endswith(turned)]
 
 
 def _choose(kept: list[torch.nn.Linear], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -115,6 +115,15 @@ def install(model: Any) -> list[str]:
     _apply_liger_kernel_to_instance(model, **off)
     if kind not in HALVES:
         return ["RMSNorm", "MLP"]
-    code = sys.modules[type(model).__module__]
-    code.apply_rotary_pos_emb = lambda q, k, cos, sin, *_, **__: rope(q, k, cos, sin, False)  # type: ignore[attr-defined]
+    sys.modules[type(model).__module__].apply_rotary_pos_emb = _rope  # type: ignore[attr-defined]
     return ["RMSNorm", "MLP", "RoPE"]
+
+
+def _rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    return rope(q, k, cos, sin, False)
+
+
+def fuses_rope(layer: torch.nn.Module) -> bool:
+    """Whether q_proj and k_proj go straight into `rope`, whose gradient needs neither."""
+    straight = not any(name.endswith("q_norm") for name, _ in layer.named_modules())
+    return straight and getattr(sys.modules[type(layer).__module__], "apply_rotary_pos_emb", None) is _rope

@@ -1,0 +1,177 @@
+"""`longalign bench`: forward and backward passes over packs, by attention backend and activation policy.
+
+Weights are drawn at random and gradients are not used: speed does not depend on them. Model FLOP/s count what the model
+must compute (model/cost.py: causal attention within documents, no recomputation), and are set beside the rate of a large
+matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from longalign.bench.layouts import lengths, make_batch, sequence_weights
+from longalign.data.batch import cut
+from longalign.files import disk_errors, versions, write_json
+from longalign.model import attention, kernels
+from longalign.model.activations import Activations, Policy
+from longalign.model.cost import cost_of, shape_of
+from longalign.model.load import load_config, resolve_device, resolve_dtype
+from longalign.model.loss import WeightedLoss
+from longalign.progress import Bar, console, warn
+from longalign.schema import Config
+
+WARM_UP = 4  # passes: kernels are compiled, then activations chosen by what passes took, in three rounds
+
+
+class Case(NamedTuple):
+    pack: str
+    attention: str
+    activations: Policy
+
+
+def bench(config: Config, dry_run: bool) -> int:
+    """Run the command; returns its exit code. Raises UserError."""
+    device, hf = resolve_device(config), load_config(config)
+    wanted = config.bench
+    backends = [
+        attention.choose_backend(b, device, resolve_dtype(config, device), shape_of(hf)["head_dim"])[0]
+        for b in wanted.attention
+    ]
+    cases = [Case(p, b, a) for b in dict.fromkeys(backends) for a in wanted.activations for p in wanted.packs]
+    documents = {p: lengths(p, config.max_length, np.random.default_rng(config.seed)) for p in wanted.packs}
+    flops = {pack: float(cost_of(shape_of(hf))(documents[pack]).sum()) for pack in wanted.packs}
+    for case in cases if dry_run else []:
+        tokens = sum(documents[case.pack])
+        console.print(
+            f"{' '.join(case)}: {len(documents[case.pack])} documents, {tokens:,} tokens, {flops[case.pack] / 1e12:,.0f} TFLOP"
+        )
+    if dry_run:
+        return 0
+    output = Path(config.output_dir or "")
+    with disk_errors(output, "output_dir"):
+        output.mkdir(parents=True, exist_ok=True)
+    rate = matmul_rate(device)
+    rows: list[dict[str, Any]] = []
+    with Bar("bench", len(cases), "cases") as bar:
+        for case in cases:
+            row = {**case._asdict(), **run_case(config, hf, case, documents[case.pack], device)}
+            if "seconds" in row:
+                row["tokens_per_s"] = row["tokens"] / row["seconds"]
+                row["tflops"] = flops[case.pack] / row["seconds"] / 1e12
+                row["of_matmul"] = row["tflops"] / rate
+            rows.append(row)
+            write_json(output / "bench.json", report(config, device, rate, rows))
+            bar.advance(1, note=f"{' '.join(case)}: {row.get('tokens_per_s', 0):,.0f} tokens/s")
+    console.print(table(rows, rate))
+    return 0
+
+
+def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: str) -> dict[str, Any]:
+    """Seconds of a pass (median), peak bytes and what was kept; or what went wrong."""
+    dtype = resolve_dtype(config, device)
+    torch.manual_seed(config.seed)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        attention.install(model, case.attention, config.deterministic)  # type: ignore[arg-type]
+        fused = kernels.install(model) if device == "cuda" and config.model.kernels == "auto" else []
+        keep, module = Activations(model, case.activations), WeightedLoss(model.train())
+        batch = make_batch(
+            documents, hf.get_text_config().vocab_size, config.bench.targets, np.random.default_rng(config.seed)
+        )
+        weights = sequence_weights(batch)
+        seconds, kept = [], ""
+        for number in range(WARM_UP + config.bench.repeat):
+            if device == "cuda":
+                torch.cuda.synchronize()
+                if number >= WARM_UP and not keep.memory:
+                    torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            limit = config.slice_tokens or keep.slice_tokens()
+            slices = cut(batch, weights, limit) if limit else [(batch, weights)]
+            peak = 0
+            for piece, its_weights in slices:
+                keep.before(piece.input_ids.numel())
+                module(piece.to(device), its_weights.to(device))[0].backward()
+                if device == "cuda":
+                    peak = max(peak, torch.cuda.max_memory_allocated())
+                keep.after()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                seconds.append(time.perf_counter() - began)
+            kept = keep.describe(len(slices))
+            print(case, number, round(time.perf_counter() - began, 2), kept, round(peak / 2**30, 1), file=sys.stderr)
+        return {
+            "tokens": sum(documents),
+            "seconds": float(np.median(seconds)),
+            "all_seconds": seconds,
+            "peak_bytes": peak,
+            "kept": kept,
+            "kernels": fused,
+        }
+    except torch.OutOfMemoryError as error:
+        warn(f"{' '.join(case)}: out of memory ({str(error).splitlines()[0]})")
+        return {"tokens": sum(documents), "failed": "out of memory"}
+    finally:
+        model = module = keep = None  # type: ignore[assignment]
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def matmul_rate(device: str) -> float:
+    """TFLOP/s of a product of two large random matrices: 8192 wide in bf16 on a GPU, 1024 in float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(30):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began) / 5)
+    return 2 * size**3 / float(np.median(seconds[10:])) / 1e12
+
+
+def report(config: Config, device: str, rate: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return {
+        "device": where,
+        "matmul_tflops": rate,
+        "model": {"path": config.model.path, **config.model.config},
+        "targets": config.bench.targets,
+        "rows": rows,
+        "versions": {"torch": torch.__version__, **versions("transformers")},
+    }
+
+
+def table(rows: list[dict[str, Any]], rate: float) -> Table:
+    made = Table(
+        title=f"forward and backward; a matrix product runs at {rate:,.0f} TFLOP/s",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for column in ("pack", "attention", "activations", "tokens/s", "TFLOP/s", "of matmul", "peak GiB", "kept"):
+        made.add_column(column, justify="left" if column in ("pack", "attention", "activations", "kept") else "right")
+    for row in rows:
+        names = row["pack"], row["attention"], row["activations"]
+        if "failed" in row:
+            made.add_row(*names, row["failed"], "", "", "", "")
+        else:
+            numbers = f"{row['tokens_per_s']:,.0f}", f"{row['tflops']:,.0f}", f"{row['of_matmul']:.3f}"
+            made.add_row(*names, *numbers, f"{row['peak_bytes'] / 2**30:.1f}", row["kept"])
+    return made
