@@ -110,7 +110,9 @@ def test_training_rows_by_source_and_length(runs: Path, make: Make, data: Path) 
     model = AutoModelForCausalLM.from_pretrained(make(runs).model.path, dtype=torch.float64)
     dataset, manifest = read_data(str(data))
     packs = Plan(runs / "one" / "plan", manifest).step(1)
-    wanted = losses_by(model, dataset, [sample for pack in packs for sample in pack.sample_ids])
+    ids = [sample for pack in packs for sample in pack.sample_ids]
+    assert any(len(set(pack.sample_ids)) < len(pack.sample_ids) for pack in packs), "two copies must share a pack"
+    wanted = losses_by(model, dataset, ids)
     assert len(wanted["loss_by_source"]) > 1
     assert len(wanted["loss_by_length"]) == 2
     rows = [read_metrics(runs / name / "metrics.jsonl") for name in LAYOUTS]
