@@ -1,23 +1,24 @@
 """How long `longalign group` takes and how full its packs get, on the lengths of the paper's mix.
 
-    python bench/packing.py [samples] [lengths.npz]
+    python bench/packing.py [samples] [lengths.npz] [tokens a row]
 
 Writes a tokenised folder of that many samples (85,000 by default), whose lengths are drawn, with replacement, from
 `length` and `n_target` of the npz file, else made like the paper's: 15 in 17 short (log-normal around 800 tokens, at
-most 8,192), 2 in 17 spread evenly over 8k to 64k (section 3.3 and Figure 3, left). Its token lists hold one token each:
-planning never reads them. Then, for each strategy, in a process of its own that may use one core:
+most 8,192), 2 in 17 spread evenly over 8k to 64k (section 3.3 and Figure 3, left). Its token lists are dummies of one
+token each: planning never reads them. Then, for each strategy, in a process of its own that may use one core:
 
     seconds   the whole of what `longalign group` does for one epoch: open the folder, read its columns, plan, write
               plan.parquet and its manifest; without the start of Python and the imports
-    peak      the most memory that process held, Python and its libraries included
-    read      seconds in which training's reader then goes through every step of the plan, and its peak memory
+    peak      the most memory that process held, Python and its libraries included. The table is memory-mapped, and
+              around a page that is read the kernel maps up to 64 KB of the file; long token lists add that much a
+              batch of 64 rows and no more (1 GB for a million samples), which it takes back when memory is short
+    read      seconds in which training's reader then goes through every step of the plan, and the peak after it
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def paper_like(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     return length, np.where(length < 8192, length // 2, 400)
 
 
-def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray) -> None:
-    """A tokenised folder in batches of 64 rows, as tokenize writes them, with one token a row."""
+def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray, tokens: int = 1) -> None:
+    """A tokenised folder in batches as tokenize writes them, with so many dummy tokens a row."""
     import pyarrow as pa
     from datasets import DatasetInfo
 
@@ -56,7 +57,8 @@ def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray) -> None:
     with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), SCHEMA) as writer:
         for start in range(0, len(length), ROWS_PER_BATCH):
             size = length[start : start + ROWS_PER_BATCH]
-            token = pa.ListArray.from_arrays(np.arange(len(size) + 1, dtype=np.int32), np.ones(len(size), np.int32))
+            offsets = tokens * np.arange(len(size) + 1, dtype=np.int32)
+            token = pa.ListArray.from_arrays(offsets, np.ones(offsets[-1], np.int32))
             source = pa.array(np.where(size < 8192, "sharegpt", "LongAlign-10k"))
             ids = np.arange(start, start + len(size))
             columns = [token, token, size, n_target[start : start + len(size)], source, ids + 1, ids]
@@ -70,23 +72,30 @@ def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray) -> None:
     write_json(folder / "manifest.json", {"fingerprint": "bench", "model_shape": shape})
 
 
+def memory_gb(field: str) -> float:
+    """A figure of /proc/self/status: VmHWM is the peak of this program, which ru_maxrss mixes with its parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
 def measure(folder: str, words: list[str]) -> None:
     """Group, then read every step; prints the figures as JSON. Runs in a process of its own."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from longalign.config import compose_config
     from longalign.data.plan import Plan, group, read_data
 
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     plan = Path(folder).parent / "plan"
     config = compose_config("group", [f"data_dir={folder}", f"max_length={MAX_LENGTH}", "epochs=1", *words])
-    imported, start = peak(), time.perf_counter()
+    imported, start = memory_gb("VmHWM"), time.perf_counter()
     manifest = group(config, plan)
-    seconds, grouped, start = time.perf_counter() - start, peak(), time.perf_counter()
+    seconds = time.perf_counter() - start
+    figures = {"seconds": seconds, "imported": imported, "peak": memory_gb("VmHWM")}
+    start = time.perf_counter()
     reader = Plan(plan, read_data(folder)[1])
     for step in range(1, reader.n_steps + 1):
         reader.step(step)
-    figures = {"seconds": seconds, "imported": imported, "peak": grouped, "read_seconds": time.perf_counter() - start}
-    print(json.dumps({**manifest["epochs"][0], **figures, "read_peak": peak()}))
+    figures |= {"read_seconds": time.perf_counter() - start, "read_peak": memory_gb("VmHWM")}
+    print(json.dumps({**manifest["epochs"][0], **figures}))
 
 
 def main() -> None:
@@ -95,6 +104,7 @@ def main() -> None:
     from rich.table import Table
 
     n, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 85_000, np.random.default_rng(0)
+    tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     if len(sys.argv) > 2:
         mix = np.load(sys.argv[2])
         drawn = rng.integers(len(mix["length"]), size=n)
@@ -102,16 +112,16 @@ def main() -> None:
     else:
         length, n_target = paper_like(n, rng)
     table = Table(title=f"{n:,} samples, {length.sum():,} tokens, one epoch", title_justify="left", box=box.SIMPLE)
-    for column in ("strategy", "steps", "packs", "fill", "seqs/pack", "seconds", "peak GB", "read s", "read GB"):
+    for column in ("strategy", "steps", "packs", "fill", "seqs/pack", "seconds", "peak GB", "read s", "GB"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as scratch:
-        write_data(Path(scratch) / "data", length, n_target)
+        write_data(Path(scratch) / "data", length, n_target, tokens)
         for name, words in STRATEGIES.items():
             command = [sys.executable, __file__, "--measure", f"{scratch}/data", *words]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             e = json.loads(done.stdout)
             counts = [f"{e['steps']:,}", f"{e['packs']:,}", f"{e['fill_ratio']:.4f}", f"{e['sequences_per_pack']}"]
-            costs = [e["seconds"], e["peak"], e["read_seconds"], e["read_peak"]]
+            costs = [e[key] for key in ("seconds", "peak", "read_seconds", "read_peak")]
             table.add_row(name, *counts, *(f"{cost:.2f}" for cost in costs))
     Console(width=120).print(table)
     print(f"peak memory of Python and its imports alone: {e['imported']:.2f} GB")

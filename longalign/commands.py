@@ -84,6 +84,9 @@ def group(config: Config, dry_run: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         manifest = plan.group(config, Path(scratch) / "plan" if dry_run else Path(config.output_dir or ""))
     console.print(plan_table(manifest, config.strategy.name))
+    for source, held in manifest["epochs"][0]["sources"].items() if config.mix else ():
+        counts = f"{held['samples']:,} samples, {held['tokens']:,} tokens, {held['targets']:,} targets"
+        console.print(f"{source}: {counts} in epoch 0")
     return 0
 
 

@@ -43,7 +43,7 @@ FEATURES = Features(
 )
 SCHEMA = FEATURES.arrow_schema
 ROWS_PER_BATCH = 64
-OURS = ("manifest.json", "dropped.jsonl", "dataset_info.json", "state.json", "data-*.arrow", "plans")
+OURS = ("manifest.json", "dropped.jsonl", "dataset_info.json", "state.json", "data-*.arrow", "plans", "stats")
 BYTES_PER_PROCESS = 16 << 20  # below this much text another process does not pay for its start
 
 
