@@ -114,6 +114,7 @@ class Bench(Strict):
     activations: Annotated[list[Literal["full", "selective", "budget", "offload", "none"]], Field(min_length=1)]
     targets: Fraction
     repeat: PositiveInt
+    peer: Literal["trl"] | None
 
 
 class Config(Strict):

@@ -1,13 +1,15 @@
 """`longalign bench`: forward and backward passes over packs, by attention backend and activation policy.
 
-Weights are drawn at random and gradients are not used: speed does not depend on them. Model FLOP/s count what the model
-must compute (model/cost.py: causal attention within documents, no recomputation), and are set beside the rate of a large
-matrix product measured in the same run.
+Weights are drawn at random and gradients are not used: speed does not depend on them. Model FLOP/s count what the
+model must compute (model/cost.py: causal attention within documents, no recomputation) and are set beside the rate of
+a large matrix product, measured in the same run.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,8 +22,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from longalign.bench.layouts import lengths, make_batch, sequence_weights
+from longalign.config import to_yaml
 from longalign.data.batch import cut
-from longalign.files import disk_errors, versions, write_json
+from longalign.files import disk_errors, read_json, versions, write_json, write_text
 from longalign.model import attention, kernels
 from longalign.model.activations import Activations, Policy
 from longalign.model.cost import cost_of, shape_of
@@ -52,9 +55,8 @@ def bench(config: Config, dry_run: bool) -> int:
     flops = {pack: float(cost_of(shape_of(hf))(documents[pack]).sum()) for pack in wanted.packs}
     for case in cases if dry_run else []:
         tokens = sum(documents[case.pack])
-        console.print(
-            f"{' '.join(case)}: {len(documents[case.pack])} documents, {tokens:,} tokens, {flops[case.pack] / 1e12:,.0f} TFLOP"
-        )
+        count = f"{len(documents[case.pack])} documents, {tokens:,} tokens, {flops[case.pack] / 1e12:,.0f} TFLOP"
+        console.print(f"{' '.join(case)}: {count}")
     if dry_run:
         return 0
     output = Path(config.output_dir or "")
@@ -62,9 +64,12 @@ def bench(config: Config, dry_run: bool) -> int:
         output.mkdir(parents=True, exist_ok=True)
     rate = matmul_rate(device)
     rows: list[dict[str, Any]] = []
-    with Bar("bench", len(cases), "cases") as bar:
-        for case in cases:
-            row = {**case._asdict(), **run_case(config, hf, case, documents[case.pack], device)}
+    peers = [Case(pack, "trl", "full") for pack in wanted.packs] if wanted.peer else []
+    with Bar("bench", len(cases) + len(peers), "cases") as bar:
+        for case in [*cases, *peers]:
+            mine = documents[case.pack]
+            done = run_peer(config, case.pack, output) if case in peers else run_case(config, hf, case, mine, device)
+            row = {**case._asdict(), **done}
             if "seconds" in row:
                 row["tokens_per_s"] = row["tokens"] / row["seconds"]
                 row["tflops"] = flops[case.pack] / row["seconds"] / 1e12
@@ -111,7 +116,10 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
             if number >= WARM_UP:
                 seconds.append(time.perf_counter() - began)
             kept = keep.describe(len(slices))
-            print(case, number, round(time.perf_counter() - began, 2), kept, round(peak / 2**30, 1), file=sys.stderr)
+            if os.environ.get("BENCH_DEBUG"):
+                print(
+                    case, number, round(time.perf_counter() - began, 2), kept, round(peak / 2**30, 1), file=sys.stderr
+                )
         return {
             "tokens": sum(documents),
             "seconds": float(np.median(seconds)),
@@ -128,6 +136,20 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def run_peer(config: Config, pack: str, output: Path) -> dict[str, Any]:
+    """The pack through TRL, in a process of its own, so that neither patches the other's model code."""
+    frozen, result, log = output / "config.yaml", output / f"trl-{pack}.json", output / f"trl-{pack}.log"
+    write_text(frozen, to_yaml(config))
+    result.unlink(missing_ok=True)
+    with open(log, "w") as said:
+        command = [sys.executable, "-m", "longalign.bench.peer", str(frozen), pack, str(result)]
+        code = subprocess.run(command, stdout=said, stderr=said).returncode
+    if code or not result.is_file():
+        warn(f"{pack} trl failed with exit code {code}; see {log}")
+        return {"failed": "failed"}
+    return dict(read_json(result))
 
 
 def matmul_rate(device: str) -> float:
