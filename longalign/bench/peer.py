@@ -50,9 +50,12 @@ def main(config_file: str, pack: str, result: str) -> None:
     columns = {"input_ids": ids * passes, "completion_mask": np.split(learned, batch.cu_seqlens[1:-1].numpy()) * passes}
     dataset = Dataset.from_dict(columns)
     torch.manual_seed(config.seed)
-    attention = {"flash4": "flash_attention_4", "flash3": "flash_attention_3"}.get(
-        config.bench.attention[0], "flash_attention_4"
-    )
+    names: dict[str, str] = {
+        "flash4": "flash_attention_4",
+        "flash3": "flash_attention_3",
+        "flash2": "flash_attention_2",
+    }
+    attention = names.get(backend_of(config, hf, "cuda")[0], "sdpa")
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             hf, dtype=torch.bfloat16, attn_implementation=names.get(backend, "sdpa")

@@ -8,7 +8,6 @@ a large matrix product, measured in the same run.
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import time
@@ -95,7 +94,7 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
             documents, hf.get_text_config().vocab_size, config.bench.targets, np.random.default_rng(config.seed)
         )
         weights = sequence_weights(batch)
-        seconds, kept = [], ""
+        passes: list[dict[str, Any]] = []
         for number in range(WARM_UP + config.bench.repeat):
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -113,19 +112,15 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
                 keep.after()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number >= WARM_UP:
-                seconds.append(time.perf_counter() - began)
-            kept = keep.describe(len(slices))
-            if os.environ.get("BENCH_DEBUG"):
-                print(
-                    case, number, round(time.perf_counter() - began, 2), kept, round(peak / 2**30, 1), file=sys.stderr
-                )
+            passes.append(
+                {"seconds": time.perf_counter() - began, "peak_bytes": peak, "kept": keep.describe(len(slices))}
+            )
         return {
             "tokens": sum(documents),
-            "seconds": float(np.median(seconds)),
-            "all_seconds": seconds,
-            "peak_bytes": peak,
-            "kept": kept,
+            "seconds": float(np.median([p["seconds"] for p in passes[WARM_UP:]])),
+            "peak_bytes": passes[-1]["peak_bytes"],
+            "kept": passes[-1]["kept"],
+            "passes": passes,
             "kernels": fused,
         }
     except torch.OutOfMemoryError as error:
