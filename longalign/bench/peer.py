@@ -20,9 +20,18 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from longalign.bench.layouts import lengths, make_batch
 from longalign.config import load_frozen
 from longalign.files import versions, write_json
+from longalign.model.attention import Backend
+from longalign.model.attention import backend_of as attention_of
 from longalign.model.load import load_config, load_tokenizer
 
 WARM_UP = 2
+NAMES: dict[Backend, str] = {
+    "flash4": "flash_attention_4",
+    "flash3": "flash_attention_3",
+    "flash2": "flash_attention_2",
+    "varlen": "sdpa",
+    "sdpa": "sdpa",
+}
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -50,16 +59,9 @@ def main(config_file: str, pack: str, result: str) -> None:
     columns = {"input_ids": ids * passes, "completion_mask": np.split(learned, batch.cu_seqlens[1:-1].numpy()) * passes}
     dataset = Dataset.from_dict(columns)
     torch.manual_seed(config.seed)
-    names: dict[str, str] = {
-        "flash4": "flash_attention_4",
-        "flash3": "flash_attention_3",
-        "flash2": "flash_attention_2",
-    }
-    attention = names.get(backend_of(config, hf, "cuda")[0], "sdpa")
+    attention = NAMES[attention_of(config, hf, "cuda")[0]]
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(
-            hf, dtype=torch.bfloat16, attn_implementation=names.get(backend, "sdpa")
-        )
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16, attn_implementation=attention)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
