@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -57,7 +58,7 @@ def main(config_file: str, pack: str, result: str) -> None:
     learned[batch.target_rows.numpy() + 1] = 1
     passes = WARM_UP + config.bench.repeat + 1
     columns = {"input_ids": ids * passes, "completion_mask": np.split(learned, batch.cu_seqlens[1:-1].numpy()) * passes}
-    dataset = Dataset.from_dict(columns)
+    dataset = Dataset(pa.table(columns), fingerprint="bench")  # else all of it would be hashed
     torch.manual_seed(config.seed)
     attention = NAMES[attention_of(config, hf, "cuda")[0]]
     with torch.device("cuda"):
