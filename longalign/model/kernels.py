@@ -29,6 +29,9 @@ def flash4(
     """
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    if len(cu) == 2:  # one document: the kernels for equal lengths are faster than those for any
+        out, lse, *_ = _flash_attn_fwd(q[None], k[None], v[None], softmax_scale=scale, causal=True, return_lse=True)
+        return out[0], lse[0]
     bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
     out, lse, *_ = _flash_attn_fwd(q, k, v, **bounds, softmax_scale=scale, causal=True, return_lse=True)
     return out, lse
@@ -55,6 +58,10 @@ def flash4_backward(
     """Gradients of q, k and v."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    if len(cu) == 2:
+        batch = (x[None] for x in (q, k, v, out, d_out, lse))
+        dq, dk, dv, *_ = _flash_attn_bwd(*batch, scale, True, deterministic=exact)
+        return dq[0], dk[0], dv[0]
     bounds = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
     dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, d_out, lse, scale, True, **bounds, deterministic=exact)
     return dq, dk, dv

@@ -106,15 +106,15 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["flash4", "flash3", "flash2", "varlen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 64), (8, 128), (1, 128)])
+@pytest.mark.parametrize("lengths", [[1, 100, 900], [1001]])
 def test_backends_equal_sdpa_on_a_gpu(
-    backend: attention.Backend, dtype: torch.dtype, kv_heads: int, head_dim: int
+    backend: attention.Backend, dtype: torch.dtype, kv_heads: int, head_dim: int, lengths: list[int]
 ) -> None:
     if problem := attention.why_not(backend, "cuda", dtype, head_dim):
         pytest.skip(f"{backend}: {problem}")
-    lengths = [1, 100, 900]
     draw = lambda h: torch.randn(1001, h, head_dim, device="cuda", dtype=dtype, requires_grad=True)
     q, k, v = draw(8), draw(kv_heads), draw(kv_heads)
-    cu = torch.tensor([0, 1, 101, 1001], dtype=torch.int32, device="cuda")
+    cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
     results = []
     for name in (backend, "sdpa"):
         inputs = (q, k, v) if name == backend else tuple(x.detach().double().requires_grad_() for x in (q, k, v))
