@@ -147,7 +147,7 @@ def install(model: Any, backend: Backend, deterministic: bool = False) -> None:
             raise AssertionError("the model dropped cu_seq_lens_q: documents of a pack would see each other")
         if dropout:
             raise AssertionError("attention dropout is not supported in packs")
-        q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+        q_THD, k_TKD, v_TKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would copy backward
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out_THD = packed_attention(q_THD, k_TKD, v_TKD, cu_seq_lens_q, int(max_length_q), scale, backend, deterministic)
         return out_THD[None], None
