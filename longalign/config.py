@@ -251,7 +251,9 @@ def _pydantic_messages(errors: Iterable[Any]) -> list[str]:
     """One line per wrong key; the alternatives of a union are joined by "or"."""
     wrong: dict[str, list[str]] = {}
     for error in errors:
-        given = key = ".".join(str(part) for part in error["loc"])
+        # below "source" pydantic puts the name of the union's member, which is no part of the key
+        parts = [part for n, part in enumerate(error["loc"]) if n != 1 or error["loc"][0] != "source"]
+        given = key = ".".join(map(str, parts))
         while key not in KEYS and "." in key and not _is_free(key) and error["type"] != "extra_forbidden":
             key = key.rpartition(".")[0]
         if error["type"] == "extra_forbidden":

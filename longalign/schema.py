@@ -82,6 +82,39 @@ class Synthetic(Strict):
         return self
 
 
+class Price(Strict):
+    input: Annotated[float, Field(ge=0)] | None
+    output: Annotated[float, Field(ge=0)] | None
+
+
+class SelfInstruct(Strict):
+    name: Literal["self_instruct"]
+    documents: str
+    samples: PositiveInt
+    min_tokens: PositiveInt
+    max_tokens: PositiveInt
+    length_weight: Annotated[float, Field(ge=0)]
+    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
+    prompts: str | None
+    base_url: Annotated[str, Field(pattern="^https?://")]
+    model: str
+    api_key_env: str | None
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_output_tokens: PositiveInt | None
+    extra_body: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    concurrency: PositiveInt
+    cache: str | None
+    price_per_million: Price
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"source.max_tokens of at least source.min_tokens={self.min_tokens}")
+        return self
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
@@ -107,7 +140,7 @@ class Config(Strict):
     datanum: DataNum
     strategy: Strategy
     cluster: Cluster
-    source: Synthetic
+    source: Annotated[Synthetic | SelfInstruct, Field(discriminator="name")]
     task: Tasks
 
     seed: Annotated[int, Field(ge=0)]
