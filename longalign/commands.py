@@ -16,6 +16,10 @@ from longalign.schema import Config
 def prepare(config: Config, dry_run: bool) -> int:
     from longalign.data.prepare import describe, prepare_synthetic
 
+    if config.source.name == "self_instruct":
+        from longalign.data import self_instruct
+
+        return self_instruct.prepare(config, dry_run)
     if dry_run:
         for line in describe(config):
             console.print(line)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -103,11 +103,11 @@ def check_free(path: Path, ours: tuple[str, ...], overwrite: bool, setting: str 
         raise UserError(f"{setting}={path} is finished already; overwrite=true replaces it")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file whole or not at all; parts of it come one at a time."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 
@@ -23,6 +24,9 @@ from longalign.errors import UserError
 from longalign.files import disk_errors, read_json, write_json
 
 GIVE_UP_AFTER = 5  # failures in a row, each after its retries: it is not the single request any more
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class NoReply(Exception):
@@ -88,7 +92,9 @@ class Client:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.section}.cache={self.cache} is in use by another run, which would pay twice") from None
+            raise UserError(
+                f"{self.section}.cache={self.cache} is in use by another run, which would pay twice"
+            ) from None
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -118,6 +124,24 @@ class Client:
         self.usage.input_tokens += reply["input_tokens"]
         self.usage.output_tokens += reply["output_tokens"]
         return _text(reply)
+
+    async def map(self, function: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:
+        """function(item) of every item, in order. As many run at a time as requests may, so that memory holds few."""
+        results: dict[int, Result] = {}
+        todo = iter(enumerate(items))
+
+        async def work() -> None:
+            for n, item in todo:  # which all workers share
+                results[n] = await function(item)
+
+        workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:  # one failed, or Ctrl-C: the others need not go on
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [results[n] for n in range(len(items))]
 
     async def _request(self, body: dict[str, Any]) -> dict[str, Any]:
         """Ask over the network. Raises NoReply or UserError."""
@@ -155,9 +179,11 @@ class Client:
 def _parts(completion: Any) -> dict[str, Any]:
     """Nothing is sure to be there: the library does not check what a server sends. Raises _Malformed."""
     choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
+    if not choices or getattr(choices[0], "message", None) is None:
+        raise _Malformed
+    message = choices[0].message
     text = getattr(message, "content", None)
-    if message is None or not isinstance(text, str | None):
+    if not isinstance(text, str | None):
         raise _Malformed
     usage = getattr(completion, "usage", None)
     return {

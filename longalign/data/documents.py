@@ -13,10 +13,8 @@ BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_
 SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252"}
 HTML, PDF = (".html", ".htm", ".xhtml"), (".pdf",)
 UNSEEN = ("script", "style", "template", "noscript", "head", "svg")
-BLOCKS = (
-    "address article aside blockquote dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p "
-    "pre section table tr ul"
-).split()
+BLOCKS = "address article aside blockquote div dl dt dd figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav"
+BLOCKS += " ol p pre section table tr ul"
 
 
 class Unreadable(ValueError):
@@ -76,7 +74,7 @@ def _html(data: bytes) -> str:
         element.replace_with("\n")
     for element in soup.find_all(["td", "th"]):
         element.append(" ")
-    for element in soup.find_all(BLOCKS):
+    for element in soup.find_all(BLOCKS.split()):
         element.insert_before("\n\n")
         element.insert_after("\n\n")
     return re.sub(r"[ \t]*\n(?:[ \t]*\n)+[ \t]*(?=\S)", "\n\n", soup.get_text())

@@ -10,12 +10,13 @@ from typing import Any
 from longalign.data.synthetic import base_texts, conversations
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json, write_text
-from longalign.schema import Config
+from longalign.schema import Config, Synthetic
 
 
 def _parts(config: Config) -> dict[str, Iterator[dict[str, Any]]]:
     """File name -> its samples. Train and test share no fact."""
     source, seed = config.source, config.seed
+    assert isinstance(source, Synthetic)
     lengths = (source.min_tokens, source.max_tokens)
     parts = {
         "long": (source.long, conversations("long", "train", source.long, seed, *lengths)),
