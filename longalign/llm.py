@@ -187,7 +187,7 @@ def _parts(completion: Any) -> dict[str, Any]:
         raise _Malformed
     usage = getattr(completion, "usage", None)
     return {
-        "text": text or "",
+        "text": (text or "").encode(errors="replace").decode(),  # half of an emoji cannot be written to a file
         "refusal": getattr(message, "refusal", None),
         "finish_reason": getattr(choices[0], "finish_reason", None),
         "input_tokens": getattr(usage, "prompt_tokens", None) or 0,

@@ -93,7 +93,8 @@ def _pdf(path: Path) -> str:
         raise Unreadable(f"PDF: {str(error) or type(error).__name__}") from error
     if not any(pages):
         raise Unreadable("PDF without text (scanned pages?)")
-    return "\n\n".join(page for page in pages if page).replace("\0", "")
+    text = "\n\n".join(page for page in pages if page)
+    return text.replace("\0", "").encode(errors="replace").decode()  # wrong font tables give halves of characters
 
 
 # Where a text may be cut, best first: behind a paragraph, a line, a sentence, a word.

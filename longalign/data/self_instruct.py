@@ -209,7 +209,8 @@ def prepare(config: Config, dry_run: bool) -> int:
         raise UserError(f"no candidate gave a sample ({counted(dropped)}); see {output}/self_instruct_dropped.jsonl")
     usage = client.usage
     console.print(
-        f"{target}: {len(samples):,} samples; {usage.paid:,} requests, {usage.replies - usage.paid:,} replies from the cache; "
+        f"{target}: {len(samples):,} samples; "
+        f"{usage.paid:,} replies paid for, {usage.replies - usage.paid:,} from the cache; "
         f"{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens in all",
         soft_wrap=True,
     )
