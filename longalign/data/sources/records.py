@@ -52,7 +52,7 @@ def _csv_rows(path: Path) -> Iterator[Raw]:
 
 
 def _dataset_rows(source: Hub) -> Iterator[Raw]:
-    setting = f"source.path={source.path}"
+    settings = f"source.path={source.path} source.split={source.split} source.subset={source.subset or 'null'}"
     try:
         for number, row in enumerate(_dataset(source), start=1):
             yield Raw(f"{source.path}[{source.split}]", number, row)
@@ -61,7 +61,7 @@ def _dataset_rows(source: Hub) -> Iterator[Raw]:
     except Exception as error:  # hubs, networks, caches and file formats have exceptions of their own
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
         raise UserError(
-            f"{setting} (source.split={source.split}, source.subset={source.subset}) cannot be read: {said}; "
+            f"{settings} cannot be read: {said}; "
             "give the hub's name of a data set, or the folder or files of a local copy"
         ) from error
 
