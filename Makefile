@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tiny-base test check format clean
+.PHONY: help install demo tiny-base test test-grid check format clean
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
@@ -31,6 +31,9 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest
+
+test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; six minutes
+	$(BIN)/python -m pytest -m grid -rP
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

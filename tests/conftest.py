@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of models this small mostly wait for one another
 
 from longalign.config import compose_config
 from longalign.schema import Config
@@ -150,13 +151,15 @@ def run_config(base_words: list[str], data_dir: Path) -> Callable[..., Config]:
     return make
 
 
-def launch_all(configs: list[Config], folder: Path) -> int:
-    """Train several runs one after the other in one launch, which saves the start of the processes."""
+def launch_all(configs: list[Config], folder: Path, worker: Sequence[str] = ("-m", "longalign.train.worker")) -> int:
+    """Train several runs one after the other in one launch, which saves the start of the processes.
+
+    worker: what every rank runs, in Python's own words.
+    """
     from longalign import launch
 
     prepared = [launch.prepare_run(config, dry_run=False)[0] for config in configs]
-    command = [*launch.worker_command(Path(prepared[0].output_dir or ""))[:-1]]
-    command += [f"{config.output_dir}/config.yaml" for config in prepared]
+    command = [sys.executable, *worker, *(f"{config.output_dir}/config.yaml" for config in prepared)]
     return launch.run_workers(command, prepared[0], folder / "logs")
 
 
