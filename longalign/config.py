@@ -68,7 +68,8 @@ def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, 
         keys[prefix + name] = kinds
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys |= schema_keys(kind, f"{prefix}{name}.")
+                for key, more in schema_keys(kind, f"{prefix}{name}.").items():
+                    keys[key] = keys.get(key, []) + more  # the members of a union share some keys
     return keys
 
 
@@ -90,9 +91,9 @@ def _is_text(kinds: list[Any]) -> bool:
 
 
 def _is_free(key: str) -> bool:
-    """Inside a free-form section such as model.config or cluster.deepspeed."""
+    """A free-form section such as model.config or cluster.deepspeed, or inside one."""
     parts = key.split(".")
-    sections = (".".join(parts[:n]) for n in range(1, len(parts)))
+    sections = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return any(typing.get_origin(kind) is dict for s in sections for kind in KEYS.get(s, []))
 
 
@@ -262,7 +263,7 @@ def _pydantic_messages(errors: Iterable[Any]) -> list[str]:
             hint = "; a file of your own in a group starts with `defaults: [base]`" if "." in key else ""
             wrong[f"{key} is missing{hint}"] = []
         else:
-            said = error["msg"].removeprefix("Input should be ").partition(", unable")[0]
+            said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable")[0]
             said = said.replace("Field required", "a longer list")
             wrong.setdefault(f"{key}={error['input']!r} is not allowed: it should be ", []).append(said)
     return [start + " or ".join(dict.fromkeys(said)) for start, said in wrong.items()]

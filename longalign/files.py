@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -103,14 +103,25 @@ def check_free(path: Path, ours: tuple[str, ...], overwrite: bool, setting: str 
         raise UserError(f"{setting}={path} is finished already; overwrite=true replaces it")
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file whole or not at all; parts of it come one at a time."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, which is in place when the block ends well and absent (or as before) otherwise."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        # half of a surrogate pair has no UTF-8; this way it is written as JSON escapes it
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -115,6 +115,46 @@ class SelfInstruct(Strict):
         return self
 
 
+class Records(Strict):
+    """How a record tells its conversation, and the name of the file written; what all sources of records share."""
+
+    format: Literal["openai", "alpaca", "sharegpt", "custom"]
+    fields: dict[Literal["messages", "role", "content", "instruction", "input", "output", "system", "id"], str]
+    roles: dict[str, Literal["system", "user", "assistant"]]
+    output: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None
+
+    @field_validator("fields")
+    @classmethod
+    def _enough(cls, fields: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        turns, columns = ("messages", "role", "content"), ("instruction", "output")
+        if info.data.get("format") == "custom" and not any(set(need) <= set(fields) for need in (turns, columns)):
+            raise ValueError(f"a map with {', '.join(turns)} or with {', '.join(columns)}, since format=custom")
+        return fields
+
+
+class Hub(Records):
+    name: Literal["longalign10k", "hub"]
+    path: str
+    subset: str | None
+    split: str
+
+
+class Files(Records):
+    name: Literal["files"]
+    path: Annotated[Paths, Field(min_length=1)]
+
+
+class ShareGPT(Records):
+    name: Literal["sharegpt"]
+    path: Annotated[Paths, Field(min_length=1)]
+    html: Literal["auto", "all", "none"]
+    languages: Annotated[list[str], Field(min_length=1)] | None
+    max_tokens: PositiveInt | None
+
+
+Conversations = Hub | Files | ShareGPT  # of others, see data/sources
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
@@ -140,7 +180,7 @@ class Config(Strict):
     datanum: DataNum
     strategy: Strategy
     cluster: Cluster
-    source: Annotated[Synthetic | SelfInstruct, Field(discriminator="name")]
+    source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
 
     seed: Annotated[int, Field(ge=0)]

@@ -235,7 +235,7 @@ def test_a_missing_key_is_told_before_anything_is_asked(
     api: Api, make: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_KEY", " ")
-    with pytest.raises(UserError, match="judge.api_key_env=TEST_KEY: this environment variable holds no key"):
+    with pytest.raises(UserError, match=r"judge\.api_key_env=TEST_KEY: this environment variable holds no key"):
         ask(make())
     assert api.requests == []
     assert ask(make(api_key_env=None)) == "reply to hello"

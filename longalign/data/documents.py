@@ -63,17 +63,22 @@ def _html(data: bytes) -> str:
     """What a reader of the page sees, its blocks as paragraphs. Raises Unreadable."""
     from bs4 import BeautifulSoup
     from bs4.dammit import EncodingDetector
+    from bs4.element import PreformattedString
+    from bs4.exceptions import ParserRejectedMarkup
 
-    soup = BeautifulSoup(_decode(data, EncodingDetector.find_declared_encoding(data, is_html=True)), "html.parser")
+    try:
+        soup = BeautifulSoup(_decode(data, EncodingDetector.find_declared_encoding(data, is_html=True)), "html.parser")
+    except ParserRejectedMarkup:
+        raise Unreadable("HTML with a broken declaration (<![...)") from None
     for element in soup.find_all(UNSEEN):
         element.decompose()
     for text in soup.find_all(string=True):  # line breaks of the source mean nothing, except in <pre>
-        if not text.find_parent("pre"):
+        if not text.find_parent("pre") and not isinstance(text, PreformattedString):  # which are comments and the like
             text.replace_with(re.sub(r"\s+", " ", text))
     for element in soup.find_all("br"):
         element.replace_with("\n")
     for element in soup.find_all(["td", "th"]):
-        element.append(" ")
+        element.insert_before(" ")
     for element in soup.find_all(BLOCKS.split()):
         element.insert_before("\n\n")
         element.insert_after("\n\n")
