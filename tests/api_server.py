@@ -46,7 +46,7 @@ class Api(ThreadingHTTPServer):
     def __init__(self, say: Callable[[str], Any] = reader, delay: float = 0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say, self.delay, self.faults = say, delay, []  # type: ignore[var-annotated]
-        self.hold_after: int | None = None  # so many requests are answered, later ones never
+        self.hold_after: int | None = None  # so many requests are answered; those that come later get no reply, ever
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
@@ -77,11 +77,14 @@ class Handler(BaseHTTPRequestHandler):
             api.now += 1
             api.peak = max(api.peak, api.now)
         time.sleep(api.delay)
-        while api.hold_after is not None and number > api.hold_after:
+        held = api.hold_after is not None and number > api.hold_after
+        while held and api.hold_after is not None:
             time.sleep(0.02)
         with api.lock:
             api.now -= 1
-        if fault == "slow":
+        if held:
+            self.close_connection = True
+        elif fault == "slow":
             time.sleep(1)
             self.close_connection = True
         elif fault == "cut":

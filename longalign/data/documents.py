@@ -7,14 +7,17 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-# What pages declare and what they hold: browsers read these names as their supersets, too.
-SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252"}
+# What pages declare and what they hold, as browsers take it: supersets; and whose declaration can be read is no UTF-16.
+DECLARED = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252"}
+DECLARED |= dict.fromkeys(("utf-16", "utf-16le", "utf-16be"), "utf-8")
 HTML, PDF = (".html", ".htm", ".xhtml"), (".pdf",)
 UNSEEN = ("script", "style", "template", "noscript", "head", "svg")
 BLOCKS = "address article aside blockquote div dl dt dd figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav"
 BLOCKS += " ol p pre section table tr ul"
+EDGES = {**dict.fromkeys(BLOCKS.split(), "\n\n"), "td": " ", "th": " ", "br": "\n"}  # white space around an element
 
 
 class Unreadable(ValueError):
@@ -50,7 +53,7 @@ def read_document(path: Path) -> str:
 def _decode(data: bytes, declared: str | None = None) -> str:
     """Never guesses: a wrong guess gives letters that no one wrote. Raises Unreadable."""
     marked = next((encoding for bom, encoding in BOMS.items() if data.startswith(bom)), None)
-    encoding = marked or SUPERSETS.get((declared or "").lower(), declared) or "utf-8"
+    encoding = marked or DECLARED.get((declared or "").lower(), declared) or "utf-8"
     try:
         return data.decode(encoding)
     except LookupError:
@@ -63,26 +66,35 @@ def _html(data: bytes) -> str:
     """What a reader of the page sees, its blocks as paragraphs. Raises Unreadable."""
     from bs4 import BeautifulSoup
     from bs4.dammit import EncodingDetector
-    from bs4.element import PreformattedString
+    from bs4.element import NavigableString, PreformattedString, Tag
     from bs4.exceptions import ParserRejectedMarkup
 
     try:
         soup = BeautifulSoup(_decode(data, EncodingDetector.find_declared_encoding(data, is_html=True)), "html.parser")
     except ParserRejectedMarkup:
         raise Unreadable("HTML with a broken declaration (<![...)") from None
-    for element in soup.find_all(UNSEEN):
-        element.decompose()
-    for text in soup.find_all(string=True):  # line breaks of the source mean nothing, except in <pre>
-        if not text.find_parent("pre") and not isinstance(text, PreformattedString):  # which are comments and the like
-            text.replace_with(re.sub(r"\s+", " ", text))
-    for element in soup.find_all("br"):
-        element.replace_with("\n")
-    for element in soup.find_all(["td", "th"]):
-        element.insert_before(" ")
-    for element in soup.find_all(BLOCKS.split()):
-        element.insert_before("\n\n")
-        element.insert_after("\n\n")
-    return re.sub(r"[ \t]*\n(?:[ \t]*\n)+[ \t]*(?=\S)", "\n\n", soup.get_text())
+    parts: list[str] = []
+    gap = ""  # white space since the last part
+    todo: list[tuple[Any, bool]] = [(soup, False)]  # what, and whether it is within <pre>
+    while todo:
+        node, pre = todo.pop()
+        if isinstance(node, Tag) and node.name not in UNSEEN:
+            around = EDGES.get(node.name, "")
+            inside: list[Any] = [around, *node.contents, around] if node.contents else [around]
+            todo += [(child, pre or node.name == "pre") for child in reversed(inside)]
+        elif isinstance(node, NavigableString) and not isinstance(node, PreformattedString):  # comments and the like
+            text = str(node) if pre else " ".join(node.split())
+            if text:
+                gap += " " if not pre and node[0].isspace() else ""
+                lines = "\n" * min(gap.count("\n"), 2)
+                if lines and parts:
+                    parts[-1] = parts[-1].rstrip()
+                parts.append((lines or gap[:1]) + (text.strip("\n") if lines else text))
+                gap = ""
+            gap += " " if not pre and node[-1:].isspace() else ""
+        elif isinstance(node, str) and not isinstance(node, NavigableString):
+            gap += node
+    return "".join(parts)
 
 
 def _pdf(path: Path) -> str:
