@@ -53,7 +53,9 @@ def parse_questions(reply: str) -> list[str] | None:
     """The five questions of a reply that numbers them from 1 in any usual way; None if it does not."""
     number = re.compile(r"^\W*(?:question|问题)?\s*([1-9])\s*\**\s*[:：.、)）]\s*", re.IGNORECASE | re.MULTILINE)
     _, *found = number.split(reply)
-    questions = [" ".join(text.split()).strip("*") for text in found[1::2]]
+    questions = [" ".join(text.split()).lstrip("* ") for text in found[1::2]]
+    # bold type that began before the question
+    questions = [text.removesuffix("**") if text.count("**") % 2 else text for text in questions]
     numbered = found[::2] == [str(n) for n in range(1, QUESTIONS + 1)]
     return questions if numbered and all(questions) else None
 
