@@ -93,7 +93,7 @@ class SelfInstruct(Strict):
     samples: PositiveInt
     min_tokens: PositiveInt
     max_tokens: PositiveInt
-    length_weight: Annotated[float, Field(ge=0)]
+    length_weight: Annotated[float, Field(ge=0, le=10)]
     languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
     prompts: str | None
     base_url: Annotated[str, Field(pattern="^https?://")]

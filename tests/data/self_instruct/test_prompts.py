@@ -53,7 +53,17 @@ def test_braces_of_documents_are_left_alone() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["{n}: {q}", "{n}. {q}", "{n}) {q}", "**{n}:** {q}", "Question {n}: {q}", "问题{n}：{q}", "{n}、{q}", "- {n}: **{q}**", "**{n}. {q}**"],
+    [
+        "{n}: {q}",
+        "{n}. {q}",
+        "{n}) {q}",
+        "**{n}:** {q}",
+        "Question {n}: {q}",
+        "问题{n}：{q}",
+        "{n}、{q}",
+        "- {n}: **{q}**",
+        "**{n}. {q}**",
+    ],
 )
 @pytest.mark.parametrize("between", ["\n", "\n\n"])
 @pytest.mark.parametrize("preamble", ["", "Here are five questions:\n\n"])
@@ -71,7 +81,9 @@ def test_other_than_five_in_order(numbers: list[int]) -> None:
     assert parse_questions("\n".join(f"{n}: what?" for n in numbers)) is None
 
 
-@pytest.mark.parametrize("reply", ["What is a?\nWhy?\nWho?\nHow?\nWhen?", "", "1:\n2: a\n3: b\n4: c\n5: d", "1 2 3 4 5"])
+@pytest.mark.parametrize(
+    "reply", ["What is a?\nWhy?\nWho?\nHow?\nWhen?", "", "1:\n2: a\n3: b\n4: c\n5: d", "1 2 3 4 5"]
+)
 def test_no_questions(reply: str) -> None:
     assert parse_questions(reply) is None
 
@@ -97,7 +109,14 @@ def test_refusals(reply: str) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    ["The author is sorry.", "Sorrow is its theme.", "It cannot be said.", "I canvassed them.", "As an aim, peace.", "他说抱歉。"],
+    [
+        "The author is sorry.",
+        "Sorrow is its theme.",
+        "It cannot be said.",
+        "I canvassed them.",
+        "As an aim, peace.",
+        "他说抱歉。",
+    ],
 )
 def test_answers(reply: str) -> None:
     assert not refuses(reply)
