@@ -170,7 +170,7 @@ def test_pdfs_that_cannot_be_read(tmp_path: Path) -> None:
     writer = PdfWriter(clone_from=PdfReader(tmp_path / "open.pdf"))
     writer.encrypt("password", algorithm="RC4-128")
     writer.write(tmp_path / "locked.pdf")
-    with pytest.raises(Unreadable, match="PDF: .*decrypted"):
+    with pytest.raises(Unreadable, match=r"PDF: .*decrypted"):
         read_document(tmp_path / "locked.pdf")
 
 
