@@ -95,6 +95,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         ("a<br><br>b <p> c", "a\n\nb\n\nc"),
         ("<ul><li>one<li>two</ul>", "one\n\ntwo"),
         ("<head><title>t</title><style>p{}</style></head><p>x</p><script>y()</script><svg><text>z</text></svg>", "x"),
+        ("<html><head><meta charset=utf-8><title>t</title><body>optional tags", "optional tags"),
+        ("<title>t</title>x", "x"),
         ("<!DOCTYPE html><!-- no --><p>x<!-- no --></p><?xml no ?>", "x"),
         ("<div>" * 2000 + "deep", "deep"),
         ("<p>never closed <b>x", "never closed x"),
