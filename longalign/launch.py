@@ -44,6 +44,11 @@ def resolve(config: Config) -> Config:
     processes = here if wanted == "auto" else wanted
     if device == "cuda" and processes > here:
         raise UserError(f"cluster.processes={processes} but this machine has {here} GPU(s)")
+    if config.cluster.zero_stage == 0 and resolve_dtype(config, device) != torch.float32:
+        raise UserError(
+            "cluster.zero_stage=0 trains in float32 alone (DeepSpeed keeps no float32 gradients of bfloat16 weights "
+            "there); use cluster.zero_stage=1 or model.dtype=float32"
+        )
     absolute = lambda path: str(Path(path).expanduser().absolute())
     local = lambda path: absolute(path) if path and Path(path).expanduser().exists() else path
     model = {"path": local(config.model.path), "tokenizer": local(config.model.tokenizer)}

@@ -29,6 +29,10 @@ def test_help_is_quick_and_lists_commands(tmp_path: Path) -> None:
         (["train", "-m", "strategy=naive,foo"], "strategy=foo does not exist"),
         (["train", "-m", "hydra/launcher=foo", "seed=1,2"], "hydra/launcher/foo"),
         (["train", "cluster=8gpu"], "needs a CUDA device"),
+        (
+            ["train", "cluster=cpu", "cluster.zero_stage=0", "model.dtype=bfloat16"],
+            "cluster.zero_stage=0 trains in float32",
+        ),
         (["eval", "model.path=./none", "cluster=cpu"], "model.tokenizer=./none: no such folder"),
         (["chat", "model=tiny", "cluster=cpu", "file=none.txt", "prompt=x"], "file=none.txt cannot be read"),
     ],
