@@ -46,6 +46,7 @@ class Api(ThreadingHTTPServer):
     def __init__(self, say: Callable[[str], Any] = reader, delay: float = 0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say, self.delay, self.faults = say, delay, []  # type: ignore[var-annotated]
+        self.slow = 1.0  # seconds that "slow" takes
         self.hold_after: int | None = None  # so many requests are answered; those that come later get no reply, ever
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
@@ -85,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         if held:
             self.close_connection = True
         elif fault == "slow":
-            time.sleep(1)
+            time.sleep(api.slow)
             self.close_connection = True
         elif fault == "cut":
             self._send(200, json.dumps(completion("never whole"))[:50], {}, claimed=1000)

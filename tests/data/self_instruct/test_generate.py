@@ -29,7 +29,7 @@ from tests.api_server import Api, completion, reader
 from tests.conftest import TINY, WORDS
 
 FILES = ("self_instruct.jsonl", "self_instruct_dropped.jsonl", "self_instruct.json")
-QUICK = ["source.min_tokens=60", "source.max_tokens=150", "source.timeout_s=0.5", "source.price_per_million.input=2"]
+QUICK = ["source.min_tokens=60", "source.max_tokens=150", "source.price_per_million.input=2"]
 
 
 @pytest.fixture
@@ -166,7 +166,8 @@ def test_faults_change_nothing(api: Api, documents: Path, tmp_path: Path, capsys
         (502, "<html>", {"Content-Type": "text/html"}),
         (200, "<html>busy</html>", {"Content-Type": "text/html"}),
     ] * 2
-    run(api, documents, tmp_path / "bad", "source.samples=20", f"source.cache={tmp_path}/b")
+    api.slow = 3
+    run(api, documents, tmp_path / "bad", "source.samples=20", f"source.cache={tmp_path}/b", "source.timeout_s=2")
     assert api.faults == []
     assert set(api.answered.values()) == {1}
     for name in FILES[:2]:
@@ -304,7 +305,7 @@ def test_a_killed_run_goes_on_and_never_pays_twice(
     api: Api, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed at once after 9 replies, interrupted after 31, run again: the files of a run that never stopped."""
-    more = ["source.samples=24", "source.concurrency=4", "source.timeout_s=60"]
+    more = ["source.samples=24", "source.concurrency=4"]
     run(api, documents, tmp_path / "whole", *more)
     api.answered.clear()
     output, cache = tmp_path / "killed", tmp_path / "killed" / ".cache"
