@@ -58,6 +58,7 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "rows not chosen by datanum": "rows_not_chosen",
         "rows cut to max_length": "truncated",
         "tokens in": "tokens_in",
+        "tokens cut": "tokens_cut",
         "tokens kept": "tokens_kept",
         "targets in": "targets_in",
         "targets kept": "targets_kept",
@@ -79,6 +80,9 @@ def group(config: Config, dry_run: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         manifest = plan.group(config, Path(scratch) / "plan" if dry_run else Path(config.output_dir or ""))
     console.print(plan_table(manifest, config.strategy.name))
+    for source, held in manifest["epochs"][0]["sources"].items() if config.mix else ():
+        counts = f"{held['samples']:,} samples, {held['tokens']:,} tokens, {held['targets']:,} targets"
+        console.print(f"{source}: {counts} in epoch 0")
     return 0
 
 
@@ -107,6 +111,40 @@ def train(config: Config, dry_run: bool) -> int:
         launch.show(launch.prepare_run(config, dry_run=True)[1])
         return 0
     return launch.train(config)
+
+
+def stats(config: Config, dry_run: bool) -> int:
+    from longalign import stats as module
+    from longalign.data.plan import read_data
+
+    data = read_data(config.data_dir)[1]
+    if dry_run:
+        names = ", ".join(module.strategies(config))
+        console.print(f"{config.data_dir}, {data['samples']:,} samples; strategies {names} -> {config.output_dir}")
+        return 0
+    report = module.stats(config)
+    console.print(ledger_table(data))
+    console.print(strategies_table(report))
+    for name, error in report["strategies_refused"].items():
+        warn(f"strategy={name} left out: {error}")
+    for message in report["warnings"]:
+        warn(message)
+    console.print(f"written to {config.output_dir}: stats.json, lengths.png")
+    return 0
+
+
+def strategies_table(report: dict[str, Any]) -> Table:
+    """What each strategy makes of the data: packs of max_length tokens, dealt to ranks."""
+    title = f"packs of {report['pack_length']:,} tokens, balance on {report['ranks']} ranks"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("strategy")
+    for column in ("steps", "packs", "fill", "seqs/pack", "tokens/step", "balance", "worst step", "epochs"):
+        table.add_column(column, justify="right")
+    for name, s in report["strategies"].items():
+        counts = [f"{s['steps']:,}", f"{s['packs']:,}", f"{s['fill_ratio']:.4f}", str(s["sequences_per_pack"])]
+        balance = [f"{s['balance']:.1%}", f"{s['balance_worst']:.1%}"]
+        table.add_row(name, *counts, f"{s['tokens_per_step']:,}", *balance, str(s["epochs"]))
+    return table
 
 
 def eval(config: Config, dry_run: bool) -> int:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from longalign.errors import UserError
 from longalign.schema import Config
 
-COMMANDS = ("prepare", "tokenize", "group", "train", "eval", "chat", "verify", "convert")
+COMMANDS = ("prepare", "tokenize", "group", "train", "stats", "eval", "chat", "verify", "convert")
 FREE_TEXT = {"prompt"}  # taken to the letter: neither Hydra quotes nor interpolations are read in them
 PACKAGE = Path(__file__).parent
 
@@ -91,7 +91,7 @@ def _is_text(kinds: list[Any]) -> bool:
 
 
 def _is_free(key: str) -> bool:
-    """A free-form section such as model.config or cluster.deepspeed, or inside one."""
+    """A free-form section such as model.config or mix, or inside one."""
     parts = key.split(".")
     sections = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return any(typing.get_origin(kind) is dict for s in sections for kind in KEYS.get(s, []))

@@ -15,6 +15,7 @@ from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tok
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
+from longalign.train.heldout import heldout_packs
 
 
 def count_parameters(config: Config) -> int:
@@ -84,6 +85,8 @@ def check_data(config: Config) -> dict[str, Any]:
             f"data_dir={config.data_dir} was tokenised with {data['tokenizer']}, whose ids are not those of "
             f"model.tokenizer={config.model.tokenizer}; run `longalign tokenize` for this model"
         )
+    if config.eval_every:
+        heldout_packs(config)
     if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
         warn(message)
     return data

@@ -54,6 +54,11 @@ class Strategy(Strict):
     window: PositiveInt
 
 
+class Mix(Strict):
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    max_samples: PositiveInt | None = None
+
+
 class Cluster(Strict):
     name: str
     device: Literal["auto", "cuda", "cpu"]
@@ -192,6 +197,7 @@ class Config(Strict):
     truncate: Literal["right", "middle", "drop", "error"]
     template: Literal["auto", "longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     num_proc: PositiveInt | None
+    mix: dict[str, Mix]
 
     epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -203,6 +209,7 @@ class Config(Strict):
     grad_clip: Annotated[float, Field(gt=0)] | None
     gradient_checkpointing: bool
     save_every: PositiveInt | None
+    eval_every: PositiveInt | None
     keep_last: PositiveInt
     resume: str
     init_from: str | None

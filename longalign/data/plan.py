@@ -3,7 +3,8 @@
     tokenised data -> packs of each epoch (packing.py) -> steps -> plan.parquet
 
 A plan knows nothing of GPUs: the packs of a step are dealt to however many ranks there are when it is trained on, and
-the loss does not depend on how (see model/loss.py). Every sample with a target stands in one pack of every epoch.
+the loss does not depend on how (see model/loss.py). Every sample with a target stands in one pack of every epoch, or
+as often as the mix says (mix.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
+from longalign.data.mix import check_names, epoch_samples
 from longalign.data.packing import Packs, epoch_packs, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
@@ -54,6 +56,31 @@ def read_data(data_dir: str) -> tuple[Dataset, dict[str, Any]]:
         raise UserError(f"data_dir={data_dir} is damaged ({error}); run `longalign tokenize` again") from None
 
 
+class Columns(NamedTuple):
+    """What a plan needs to know of n samples, without their tokens."""
+
+    length: np.ndarray  # int32 [n]
+    n_target: np.ndarray  # int32 [n]
+    sample_id: np.ndarray  # int64 [n]
+    source: np.ndarray  # int32 [n], places in `sources`
+    sources: list[str]  # in alphabetical order
+
+    def where(self, chosen: np.ndarray) -> Columns:
+        """The samples that a bool or integer array chooses."""
+        length, n_target, sample_id, source = (values[chosen] for values in self[:4])
+        return Columns(length, n_target, sample_id, source, self.sources)
+
+
+def read_columns(dataset: Dataset) -> Columns:
+    """The columns of tokenised data that stay small: 20 bytes a sample."""
+    table = dataset.select_columns(["length", "n_target", "sample_id", "source"]).with_format("arrow")[:]
+    source = table["source"].combine_chunks().dictionary_encode()
+    names = source.dictionary.to_pylist()
+    place = np.argsort(np.argsort(names)).astype(np.int32)
+    length, n_target, sample_id = (table[name].to_numpy() for name in ("length", "n_target", "sample_id"))
+    return Columns(length, n_target, sample_id, place[source.indices.to_numpy()], sorted(names))
+
+
 def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
     """What a plan depends on: a plan with another identity is stale."""
     return {
@@ -63,43 +90,49 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
         "shuffle": config.shuffle,
         "epochs": config.epochs,
+        "mix": {source: mix.model_dump() for source, mix in config.mix.items()},
     }
 
 
 def group(config: Config, output: Path) -> dict[str, Any]:
     """Write plan.parquet and manifest.json into `output`; returns the manifest. Raises UserError."""
     dataset, data = read_data(config.data_dir)
-    columns = dataset.select_columns(["length", "n_target", "sample_id"]).with_format("numpy")[:]
-    with_target = columns["n_target"] > 0
-    lengths, n_target, ids = (columns[c][with_target] for c in ("length", "n_target", "sample_id"))
+    everything = read_columns(dataset)
+    check_names(config.mix, everything.sources)
+    samples = everything.where(everything.n_target > 0)
     keeps_order = config.strategy.name == "naive" or (
         config.strategy.name != "sorted" and config.strategy.packer == "next_fit"
     )
     if not config.shuffle and not keeps_order:
         raise UserError("shuffle=false keeps the order of samples: use strategy=naive or strategy.packer=next_fit")
-    if not len(lengths):
+    if not len(samples.length):
         raise UserError(f"data_dir={config.data_dir} has no sample with a target")
-    if lengths.max() > config.max_length:
+    if samples.length.max() > config.max_length:
         raise UserError(
-            f"data_dir={config.data_dir} has a sample of {lengths.max()} tokens, max_length={config.max_length}; "
-            "raise max_length or tokenize again with it"
+            f"data_dir={config.data_dir} has a sample of {samples.length.max()} tokens, "
+            f"max_length={config.max_length}; raise max_length or tokenize again with it"
         )
     cost = cost_of(data["model_shape"]) if data["model_shape"] else Cost(1.0, 0.0)
-    rows_per_step, epochs, first_step, first_pack = packs_per_step(config.strategy), [], 1, 0
+    epochs: list[dict[str, Any]] = []
+    first_step, first_pack = 1, 0
     with fresh_folder(output, OURS, overwrite=True) as folder:
         with pq.ParquetWriter(folder / "plan.parquet", SCHEMA) as writer:
             for epoch in range(config.epochs):
-                packs = epoch_packs(lengths, config.strategy, config.max_length, config.seed, epoch, config.shuffle)
-                table = _table(packs, lengths, n_target, ids, cost, epoch, first_step, first_pack, rows_per_step)
+                chosen = epoch_samples(samples.source, samples.sources, config.mix, config.seed, epoch)
+                if not len(chosen):
+                    raise UserError(f"mix leaves no sample for epoch {epoch}; raise a weight")
+                mine = samples.where(chosen)
+                packs = epoch_packs(mine.length, config.strategy, config.max_length, config.seed, epoch, config.shuffle)
+                table = _table(packs, mine, cost, epoch, first_step, first_pack, packs_per_step(config.strategy))
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-                epochs.append(_statistics(table, config))
+                epochs.append({**_statistics(table, config), "sources": _by_source(mine)})
                 first_step += epochs[-1]["steps"]
                 first_pack += len(table)
         manifest = {
             "identity": identity(config, data),
             "steps": first_step - 1,
             "packs": first_pack,
-            "samples_without_target": int((~with_target).sum()),
+            "samples_without_target": len(everything.length) - len(samples.length),
             "epochs": epochs,
         }
         write_json(folder / "manifest.json", manifest)
@@ -107,32 +140,32 @@ def group(config: Config, output: Path) -> dict[str, Any]:
 
 
 def _table(
-    packs: Packs,
-    lengths: np.ndarray,
-    n_target: np.ndarray,
-    ids: np.ndarray,
-    cost: Cost,
-    epoch: int,
-    first_step: int,
-    first_pack: int,
-    per_step: int,
+    packs: Packs, samples: Columns, cost: Cost, epoch: int, first_step: int, first_pack: int, per_step: int
 ) -> pa.Table:
+    """One epoch's rows of plan.parquet; packs hold places in `samples`."""
     starts, n = packs.offsets[:-1], len(packs.offsets) - 1
     total = lambda values: np.add.reduceat(values[packs.samples], starts)
-    sample_ids = pa.ListArray.from_arrays(packs.offsets.astype(np.int32), ids[packs.samples].astype(np.int64))
+    sample_ids = pa.array(samples.sample_id[packs.samples].astype(np.int64))
     return pa.table(
         [
             np.full(n, epoch, np.int32),
             (first_step + np.arange(n) // per_step).astype(np.int32),
             first_pack + np.arange(n),
-            sample_ids,
-            total(lengths).astype(np.int64),
+            pa.ListArray.from_arrays(packs.offsets.astype(np.int32), sample_ids),
+            total(samples.length.astype(np.int64)),
             np.diff(packs.offsets).astype(np.int32),
-            total(n_target).astype(np.int64),
-            total(cost(lengths)),
+            total(samples.n_target.astype(np.int64)),
+            total(cost(samples.length)),
         ],
         schema=SCHEMA,
     )
+
+
+def _by_source(samples: Columns) -> dict[str, dict[str, int]]:
+    """What an epoch holds of each source."""
+    count = lambda weights=None: np.bincount(samples.source, weights, len(samples.sources)).astype(int).tolist()
+    rows = zip(samples.sources, count(), count(samples.length), count(samples.n_target), strict=True)
+    return {source: {"samples": n, "tokens": tokens, "targets": targets} for source, n, tokens, targets in rows}
 
 
 def _statistics(table: pa.Table, config: Config) -> dict[str, Any]:

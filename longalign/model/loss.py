@@ -93,14 +93,15 @@ class WeightedLoss(torch.nn.Module):
         super().__init__()
         self.model: Any = model  # a transformers model: its decoder is .model, its output projection .lm_head
 
-    def forward(self, batch: Batch, weights_N3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the step's loss (float32 scalar), and of (loss, loss_sequence, loss_token), detached.
+    def forward(self, batch: Batch, weights_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the step's loss (float32 scalar), and of C weighted sums, detached, float32 [C].
 
+        The first column of weights is the trained loss's, then come those of loss_sequence, loss_token and others.
         Only hidden states that predict a target go through lm_head: in long-document tuning about one in twenty.
         """
         hidden_TD = self.hidden(batch)
         losses_N = token_losses(hidden_TD[batch.target_rows], self.model.lm_head, batch.target_ids)
-        shares = losses_N @ weights_N3
+        shares = losses_N @ weights_NC
         return shares[0], shares.detach()
 
     def hidden(self, batch: Batch) -> torch.Tensor:

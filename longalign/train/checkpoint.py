@@ -116,7 +116,7 @@ def check(checkpoint: Path, about: dict[str, Any]) -> int:
     advice = {
         "processes": "resume with as many processes",
         "zero_stage": "resume with the same cluster.zero_stage",
-        "plan": "data, strategy, max_length, seed or epochs changed; init_from takes the weights alone",
+        "plan": "data, strategy, max_length, seed, epochs or mix changed; init_from takes the weights alone",
     }
     for key, hint in advice.items():
         if record[key] != about[key]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per optimizer step."""
+"""metrics.jsonl, one row per optimizer step, and eval.jsonl, one per evaluation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ import torch
 from longalign.files import write_text
 
 
+def cut_after(path: Path, done_steps: int) -> None:
+    """Take away the rows after `done_steps` that a killed run wrote past its checkpoint."""
+    if path.is_file():
+        rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def open_metrics(path: Path, done_steps: int) -> TextIO:
-    """Open for appending, without the rows after `done_steps` that a killed run wrote past its checkpoint."""
-    rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Open for appending behind the row of step `done_steps`."""
+    cut_after(path, done_steps)
     return open(path, "a", encoding="utf-8", buffering=1)
 
 

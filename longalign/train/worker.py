@@ -22,16 +22,17 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from longalign.config import load_frozen
-from longalign.data.packing import deal
 from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
-from longalign.model.loss import StepTotals, micro_batch
 from longalign.progress import Bar
 from longalign.schema import Config
 from longalign.train import checkpoint
+from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine, learning_rate
 from longalign.train.export import export
-from longalign.train.metrics import open_metrics, peak_memory_gb
+from longalign.train.heldout import HeldOut
+from longalign.train.metrics import cut_after, open_metrics, peak_memory_gb
+from longalign.train.micro import micro_steps
 
 _signal = 0  # the last SIGINT or SIGTERM received
 
@@ -41,27 +42,23 @@ def _on_signal(number: int, _frame: Any) -> None:
     _signal = number
 
 
-def train_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config) -> torch.Tensor:
-    """Forward, backward and update over the packs of one step. Returns this rank's share of the three losses, [3].
+def train_step(
+    engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown | None = None
+) -> torch.Tensor:
+    """Forward, backward and update over the packs of one step.
 
+    Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
     nothing is divided by the number of micro-steps.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    totals = StepTotals.of(packs)
-    shares = torch.zeros(3, device=engine.device)
-    micro_steps = deal([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
-    for number, dealt in enumerate(micro_steps, start=1):
-        mine = [packs[p] for p in dealt[rank]]
-        # A rank without a pack runs the step's smallest one with weight 0, since all ranks must call the collectives.
-        batch, weights = micro_batch(
-            dataset, mine or [min(packs, key=lambda p: p.tokens)], config.strategy.average, totals
-        )
-        loss, share = engine(batch.to(engine.device), weights.to(engine.device) * bool(mine))
-        engine.set_gradient_accumulation_boundary(number == len(micro_steps))
-        engine.backward(loss * ranks, scale_wrt_gas=False)
+    shares: torch.Tensor | float = 0.0
+    for batch, weights, is_last in micro_steps(dataset, packs, config, engine.device, breakdown):
+        loss, share = engine(batch, weights)
+        engine.set_gradient_accumulation_boundary(is_last)
+        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
         engine.step()
-        shares += share
+        shares = shares + share
+    assert isinstance(shares, torch.Tensor), "a step has packs"
     return shares
 
 
@@ -71,7 +68,7 @@ def train(config: Config) -> None:
     run, rank, device = Path(config.output_dir), dist.get_rank(), config.cluster.device
     dataset, data = read_data(config.data_dir)
     plan = Plan(run / "plan", data)
-    n_steps = steps_to_train(plan.n_steps, config)
+    n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
     about = checkpoint.needs(config, plan.manifest["identity"])
     start = checkpoint.find(config)
@@ -79,7 +76,12 @@ def train(config: Config) -> None:
     if start:
         checkpoint.load(engine, start)
         checkpoint.abandon_after(run / "checkpoints", done)
+    if start and rank == 0:
+        cut_after(run / "eval.jsonl", done)
     metrics = open_metrics(run / "metrics.jsonl", done) if rank == 0 else None
+    heldout = HeldOut(config, n_steps, done) if config.eval_every else None
+    if heldout and heldout.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
+        heldout.evaluate(engine, done)
     saved, stopped, began = done, 0, time.monotonic()
 
     with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
@@ -88,11 +90,11 @@ def train(config: Config) -> None:
             lr = learning_rate(step, n_steps, config)
             for parameters in engine.optimizer.param_groups:
                 parameters["lr"] = lr
-            shares = train_step(engine, dataset, packs, config)
+            shares = train_step(engine, dataset, packs, config, breakdown)
             # Sum the shares over ranks, and let all ranks agree on stopping after this very step.
-            summed = torch.cat([shares.double(), torch.tensor([float(bool(_signal))], device=shares.device)])
+            summed = torch.cat([torch.tensor([float(bool(_signal))], device=shares.device), shares.double()])
             dist.all_reduce(summed)
-            loss, loss_sequence, loss_token, stop = summed.tolist()
+            stop, loss, loss_sequence, loss_token, *by_group = summed.tolist()
             seconds, began = time.monotonic() - began, time.monotonic()
             grad_norm = float(engine.get_global_grad_norm())
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -106,6 +108,7 @@ def train(config: Config) -> None:
                     "loss": loss,
                     "loss_sequence": loss_sequence,
                     "loss_token": loss_token,
+                    **breakdown.rows(by_group, breakdown.counts(packs)),
                     "lr": lr,
                     "grad_norm": grad_norm,
                     "tokens": tokens,
@@ -122,8 +125,11 @@ def train(config: Config) -> None:
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
                 checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
                 saved, began = step, time.monotonic()
-            if stopped:
+            if stopped and step < n_steps:
                 break
+            if heldout and heldout.is_due(step):
+                heldout.evaluate(engine, step)
+                began = time.monotonic()
     if metrics:
         metrics.close()
     if stopped and saved < n_steps:

@@ -12,8 +12,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from longalign.data.messages import Messages
+from longalign.data.mix import epoch_samples
+from longalign.data.plan import read_columns
 from longalign.data.template import IGNORE, Template
+from longalign.files import read_json
 from longalign.progress import Bar
+from longalign.schema import Mix
 from longalign.verify.check import Check, at_most
 
 ROWS_PER_BATCH = 256
@@ -90,26 +94,29 @@ def _add(counter: Counter[str], sources: pa.ChunkedArray, values: np.ndarray) ->
 
 
 def check_plan(folder: Path, dataset: Dataset, epochs: int, max_length: int) -> list[Check]:
-    """Every sample with a target stands in the plan once an epoch, and no pack is too long."""
-    columns = dataset.select_columns(["length", "n_target", "sample_id"]).with_format("numpy")[:]
-    plan = pq.read_table(folder / "plan.parquet")
-    wanted = np.sort(columns["sample_id"][columns["n_target"] > 0])
+    """Every sample with a target stands in each epoch once, or as often as the mix says; no pack is too long."""
+    columns = read_columns(dataset)
+    plan, made_for = pq.read_table(folder / "plan.parquet"), read_json(folder / "manifest.json")["identity"]
+    mix = {source: Mix(**entry) for source, entry in made_for["mix"].items()}
+    usable = np.flatnonzero(columns.n_target > 0)
     astray = 0
     for epoch in range(epochs):
         packs = plan.filter(pa.compute.equal(plan["epoch"], epoch))["sample_ids"].combine_chunks()
-        planned, times = np.unique(packs.flatten().to_numpy(), return_counts=True)
-        astray += len(np.setxor1d(planned, wanted)) + int(np.sum(times - 1))
+        chosen = usable[epoch_samples(columns.source[usable], columns.sources, mix, made_for["seed"], epoch)]
+        planned, wanted = (np.bincount(ids, minlength=len(dataset)) for ids in (packs.flatten().to_numpy(), chosen))
+        astray += int(np.abs(planned - wanted).sum())
     lists = plan["sample_ids"].combine_chunks()
     pack = np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy())
-    sums = lambda name: np.bincount(pack, columns[name][lists.flatten().to_numpy()], minlength=len(lists))
-    wrong = (sums("length") != plan["tokens"].to_numpy()) | (sums("n_target") != plan["n_target"].to_numpy())
-    too_long = sums("length") > max_length
+    sums = lambda values: np.bincount(pack, values[lists.flatten().to_numpy()], minlength=len(lists))
+    tokens, targets = sums(columns.length), sums(columns.n_target)
+    wrong = (tokens != plan["tokens"].to_numpy()) | (targets != plan["n_target"].to_numpy())
+    too_long = tokens > max_length
     return [
         at_most(
             "plan: samples missing or repeated",
             astray,
             0,
-            f"{len(wanted):,} samples, {epochs} epochs, {len(plan):,} packs",
+            f"{len(usable):,} samples, {epochs} epochs, {len(plan):,} packs, mix: {', '.join(mix) or 'none'}",
             "delete the plans of data_dir and run `longalign group` again",
         ),
         at_most(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from longalign.data import plan as planning
 from longalign.data.packing import Packs, best_fit, deal, epoch_packs, idle_share, next_fit, sort_in_runs
@@ -122,6 +123,40 @@ def test_plan_file(tmp_path: Path, run_config: Callable[..., Config], data_dir: 
     assert seen[0] != seen[1]
     assert manifest["steps"] == plan.n_steps
     assert sum(e["tokens"] for e in manifest["epochs"]) == 3 * data["tokens"]
+
+
+@pytest.fixture(scope="module")
+def big_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50,000 rows with the lengths of MIX; one token each, since planning never reads them."""
+    folder, n = tmp_path_factory.mktemp("big"), 50_000
+    length = np.random.default_rng(0).choice(MIX, n)
+    columns = {"length": length, "n_target": length // 2, "sample_id": np.arange(n), "source_line": np.arange(n) + 1}
+    one_token = [[1]] * n
+    source = np.where(length < 8192, "short", "long")
+    Dataset.from_dict({"input_ids": one_token, "labels": one_token, "source": source, **columns}).save_to_disk(folder)
+    write_json(folder / "manifest.json", {"fingerprint": "big", "model_shape": None})
+    return folder
+
+
+@pytest.mark.parametrize("chosen", ALL[:4], ids=lambda s: f"{s.name}-{s.packer}")
+def test_a_large_plan_is_read_a_part_at_a_time(
+    chosen: Strategy, big_data: Path, tmp_path: Path, run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, f"data_dir={big_data}", "max_length=65536", "epochs=1")
+    config = config.model_copy(update={"strategy": chosen.model_copy(update={"window": 5000})})
+    manifest = planning.group(config, tmp_path / "plan")
+    if chosen.name == "packing" and chosen.packer == "best_fit":
+        assert manifest["epochs"][0]["fill_ratio"] > 0.999
+        planning.group(config, tmp_path / "again")
+        files = [tmp_path / name / "plan.parquet" for name in ("plan", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    plan, read = Plan(tmp_path / "plan", {"fingerprint": "big"}), []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, n: [read.append(n), whole(file, n)][1])
+    seen = [s for step in range(1, plan.n_steps + 1) for pack in plan.step(step) for s in pack.sample_ids]
+    assert sorted(seen) == list(range(50_000))
+    assert read == list(range(plan.file.num_row_groups)), "each once, in order"
+    assert plan.file.num_row_groups == -(-manifest["packs"] // planning.ROWS_PER_GROUP)
 
 
 def test_plan_of_other_data_is_refused(tmp_path: Path, run_config: Callable[..., Config]) -> None:

@@ -41,6 +41,7 @@ def odd_data(folder: Path) -> Path:
         "length": [length for length, _ in SHAPES],
         "n_target": [n_target for _, n_target in SHAPES],
         "sample_id": range(len(SHAPES)),
+        "source": ["odd"] * len(SHAPES),
     }
     Dataset.from_dict(columns).save_to_disk(str(folder))
     manifest = {"fingerprint": "odd", "tokenizer": str(TINY), "tokenizer_hash": tokenizer_hash(tokenizer)}

@@ -1,0 +1,45 @@
+"""How often each sample stands in an epoch, by source (mix.NAME.weight, mix.NAME.max_samples).
+
+A source's samples stand in a ring, in an order drawn from the seed, and every epoch takes the next k of them:
+k = weight * samples, max_samples at most. With 4 samples in the order a b c d:
+
+    weight 0.5    a b | c d | a b | ...                half of them, the other half next epoch
+    weight 2      a a b b c c d d | ...                each of them twice
+    weight 2.5    a a a b b b c c d d | a a b b c c c d d d | ...
+
+So after any number of epochs no sample of a source has been seen more than once more often than another.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from longalign.errors import UserError
+from longalign.schema import Mix
+
+
+def check_names(mix: Mapping[str, Mix], sources: list[str]) -> None:
+    """Raises UserError if a source is named that the data does not have."""
+    if unknown := [name for name in mix if name not in sources]:
+        raise UserError(f"mix.{unknown[0]}: the data has no such source, only {', '.join(sources)}")
+
+
+def epoch_samples(source: np.ndarray, sources: list[str], mix: Mapping[str, Mix], seed: int, epoch: int) -> np.ndarray:
+    """Places of an epoch's samples, int64, ascending, each as often as it stands in the epoch.
+
+    source: of each sample the place of its source's name in `sources`. Without a mix: every place once.
+    """
+    chosen = [np.empty(0, np.int64)]
+    for number, name in enumerate(sources):
+        mine, wanted = np.flatnonzero(source == number), mix.get(name, Mix())
+        per_epoch = wanted.weight * len(mine)
+        if wanted.max_samples is not None:
+            per_epoch = min(per_epoch, wanted.max_samples)
+        ring = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(mine)
+        # rounded from the start of all epochs, so that what one epoch lacks of a fraction the next one has
+        turns = np.arange(round(epoch * per_epoch), round((epoch + 1) * per_epoch))
+        chosen.append(ring[turns % max(len(mine), 1)])
+    return np.sort(np.concatenate(chosen))

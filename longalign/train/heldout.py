@@ -1,0 +1,101 @@
+"""The loss on held-out samples while a run trains (eval_every): on the live weights, without changing the run.
+
+tokenize leaves eval_fraction of the samples out of the training table, in DATA_DIR/eval. They are packed best-fit once;
+an evaluation runs every pack forward on some rank and writes one row to eval.jsonl:
+
+    step, loss_sequence, loss_token, loss_by_source, loss_by_length, sequences, targets, seconds
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+
+from longalign.data.packing import best_fit
+from longalign.data.plan import Pack, read_columns, read_data
+from longalign.errors import UserError
+from longalign.model.cost import Cost, cost_of
+from longalign.model.loss import StepTotals
+from longalign.schema import Config
+from longalign.train.breakdown import Breakdown
+from longalign.train.metrics import open_metrics, read_metrics
+from longalign.train.micro import micro_steps
+
+
+def heldout_packs(config: Config) -> tuple[Dataset, list[Pack]]:
+    """The held-out rows of data_dir and their packs. Raises UserError if there are none that can be used."""
+    folder = Path(config.data_dir) / "eval"
+    if not (folder / "manifest.json").is_file():
+        raise UserError(
+            f"eval_every={config.eval_every} but data_dir={config.data_dir} has no held-out samples; "
+            "run `longalign tokenize` with eval_fraction=0.01, or set eval_every=null"
+        )
+    dataset, shape = read_data(str(folder))[0], read_data(config.data_dir)[1]["model_shape"]
+    columns = read_columns(dataset)
+    usable = np.flatnonzero(columns.n_target > 0)
+    if not len(usable):
+        raise UserError(f"{folder} has no sample with a target; tokenize with a larger eval_fraction")
+    if (longest := columns.length.max()) > config.max_length:
+        raise UserError(
+            f"{folder} has a sample of {longest} tokens, max_length={config.max_length}; "
+            "raise max_length or tokenize again with it"
+        )
+    length, n_target, cost = columns.length.tolist(), columns.n_target.tolist(), cost_of(shape) if shape else Cost(1, 0)
+    samples, offsets = best_fit(columns.length, config.max_length, usable, window=len(usable))
+    packs = []
+    for ids in np.split(samples, offsets[1:-1]):
+        tokens, targets = sum(length[i] for i in ids), sum(n_target[i] for i in ids)
+        packs.append(Pack(ids.tolist(), tokens, len(ids), targets, float(cost(columns.length[ids]).sum())))
+    return dataset, packs
+
+
+class HeldOut:
+    """The held-out packs of a run and its eval.jsonl, continued behind step `done`."""
+
+    def __init__(self, config: Config, n_steps: int, done: int):
+        assert config.eval_every is not None
+        self.config, self.every, self.n_steps = config, config.eval_every, n_steps
+        self.dataset, self.packs = heldout_packs(config)
+        self.breakdown = Breakdown(self.dataset)
+        path = Path(config.output_dir or "") / "eval.jsonl"
+        self.last = max((row["step"] for row in read_metrics(path) if row["step"] <= done), default=0)
+        self.file = open_metrics(path, done) if dist.get_rank() == 0 else None
+
+    def is_due(self, step: int) -> bool:
+        """Every eval_every steps and after the last, once."""
+        return step > self.last and (step % self.every == 0 or step == self.n_steps)
+
+    def evaluate(self, engine: Any, step: int) -> None:
+        """Write the row for the weights after `step`; called by every rank.
+
+        Dropout is off and nothing is drawn, so the run goes on as if it had not been looked at.
+        """
+        began = time.monotonic()
+        counts, totals = self.breakdown.counts(self.packs), StepTotals.of(self.packs)
+        shares = torch.zeros(3 + len(counts), dtype=torch.float64, device=engine.device)
+        engine.module.eval()
+        with torch.no_grad():
+            for batch, weights, _ in micro_steps(self.dataset, self.packs, self.config, engine.device, self.breakdown):
+                shares += engine(batch, weights)[1]
+        engine.module.train()
+        dist.all_reduce(shares)
+        _, loss_sequence, loss_token, *by_group = shares.tolist()
+        self.last = step
+        if self.file:
+            row = {
+                "step": step,
+                "loss_sequence": loss_sequence,
+                "loss_token": loss_token,
+                **self.breakdown.rows(by_group, counts),
+                "sequences": totals.sequences,
+                "targets": totals.targets,
+                "seconds": round(time.monotonic() - began, 4),
+            }
+            self.file.write(json.dumps(row) + "\n")

@@ -1,0 +1,122 @@
+"""The stats command: a ledger that adds up, warnings for real losses only, figures of every strategy's plan."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_from_disk
+
+from longalign import commands
+from longalign.config import compose_config
+from longalign.data.plan import group
+from longalign.data.tokenize import tokenize
+from longalign.errors import UserError
+from longalign.files import read_json
+from longalign.schema import Config
+from longalign.stats import loss_warnings, stats, targets_lost
+from tests.conftest import conversation, longalign, write_jsonl
+
+Data = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def tokenised(tmp_path: Path, base_words: list[str]) -> Data:
+    """Tokenise 8 short conversations and 8 whose answers reach over 128 tokens; the manifest."""
+
+    def make(*words: str) -> dict[str, Any]:
+        long = write_jsonl(tmp_path / "long.jsonl", [conversation(20, 200 + i, i) for i in range(8)])
+        short = write_jsonl(tmp_path / "short.jsonl", [*(conversation(5, 3, i) for i in range(8)), "{broken"])
+        files = [f"long_file={long}", f"short_file={short}", f"data_dir={tmp_path / 'data'}"]
+        return tokenize(compose_config("tokenize", [*base_words, *files, *words]))
+
+    return make
+
+
+@pytest.fixture
+def make(base_words: list[str], data_dir: Path) -> Callable[..., Config]:
+    return lambda folder, *words: compose_config(
+        "stats", [*base_words, f"data_dir={data_dir}", f"output_dir={folder}", "strategy.packs_per_step=2", *words]
+    )
+
+
+def test_a_source_that_loses_targets_is_named_with_what_to_change(tokenised: Data) -> None:
+    data = tokenised()
+    entry = data["ledger"]["long"]
+    lost = targets_lost(entry)
+    assert lost["targets"] == entry["targets_in"] - entry["targets_kept"] > 0
+    assert lost["share"] == pytest.approx(lost["targets"] / entry["targets_in"], abs=1e-4)
+    assert targets_lost(data["ledger"]["short"]) == {"targets": 0, "share": 0.0}, "a broken line had no targets"
+    (message,) = loss_warnings(data)
+    for said in (f"long lost {lost['share']:.1%}", "8 rows cut to max_length=128", "truncate=middle"):
+        assert said in message
+
+
+def test_what_is_dropped_is_lost_and_what_datanum_leaves_out_is_not(tokenised: Data) -> None:
+    (message,) = loss_warnings(tokenised("truncate=drop", "overwrite=true"))
+    assert "long lost 100.0% of its targets" in message
+    assert "8 dropped (too long)" in message
+    data = tokenised("datanum.n_long=2", "max_length=512", "overwrite=true")
+    assert data["ledger"]["long"]["rows_not_chosen"] == 6
+    assert loss_warnings(data) == []
+    data = tokenised("datanum.n_long=4", "overwrite=true")
+    everything = targets_lost(tokenised("overwrite=true")["ledger"]["long"])
+    assert targets_lost(data["ledger"]["long"])["share"] == pytest.approx(everything["share"], rel=0.02)
+
+
+def test_figures_are_those_of_the_plans(tmp_path: Path, make: Callable[..., Config], data_dir: Path) -> None:
+    config = make(tmp_path / "stats", "cluster.processes=2")
+    report = stats(config)
+    assert report == read_json(tmp_path / "stats" / "stats.json")
+    assert set(report["strategies"]) == {"naive", "sorted", "packing", "packing+weighting"}
+    group(config, tmp_path / "plan")
+    plan = pq.read_table(tmp_path / "plan" / "plan.parquet")
+    cost, step, tokens = (plan[name].to_numpy() for name in ("cost", "step", "tokens"))
+    # two packs a step on two ranks: each rank runs one
+    balance = [cost[step == s].sum() / 2 / cost[step == s].max() for s in np.unique(step)]
+    mine = report["strategies"]["packing+weighting"]
+    assert mine["balance"] == pytest.approx(np.mean(balance), abs=1e-4)
+    assert mine["balance_worst"] == pytest.approx(min(balance), abs=1e-4)
+    assert mine["fill_ratio"] == pytest.approx(tokens.mean() / 128, abs=1e-4)
+    assert (mine["steps"], mine["packs"]) == (step.max(), len(plan))
+    assert report["strategies"]["naive"]["sequences_per_pack"] == 1.0
+    length = np.array(load_from_disk(str(data_dir))["length"])
+    assert report["lengths"]["all"]["tokens"] == length.sum()
+    assert report["lengths"]["all"]["p50"] == np.median(length)
+    assert (tmp_path / "stats" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fresh_plan_is_used(tmp_path: Path, make: Callable[..., Config], data_dir: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data, ignore=shutil.ignore_patterns("plans"))
+    config = make(tmp_path / "out", f"data_dir={data}", "strategy=sorted")
+    made = stats(config)["strategies"]["sorted"]
+    group(config, data / "plans" / "sorted")
+    read = stats(config)["strategies"]["sorted"]
+    assert (made.pop("plan"), read.pop("plan")) == ("made for these figures", str(data / "plans" / "sorted"))
+    assert made == read
+
+
+def test_a_setting_that_no_strategy_takes(tmp_path: Path, make: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="max_length=100"):
+        stats(make(tmp_path / "out", "max_length=100"))
+    report = stats(make(tmp_path / "out", "shuffle=false"))
+    assert set(report["strategies"]) == {"naive"}
+    assert "shuffle=false" in report["strategies_refused"]["sorted"]
+
+
+def test_command(tmp_path: Path, tokenised: Data, base_words: list[str]) -> None:
+    tokenised()
+    words = [*base_words, f"data_dir={tmp_path / 'data'}"]
+    assert commands.stats(compose_config("stats", words), dry_run=True) == 0
+    assert not (tmp_path / "data" / "stats").exists()
+    done = longalign("stats", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said in ("rows cut to max_length", "dropped: malformed JSON", "balance on", "packing+weighting", "long lost"):
+        assert said in done.stderr
+    assert sorted(p.name for p in (tmp_path / "data" / "stats").iterdir()) == ["lengths.png", "stats.json"]
