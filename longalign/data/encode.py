@@ -1,24 +1,16 @@
-"""Records of files -> rows of token ids, by several processes, in file order."""
+"""A record -> rows of token ids, as many as its template makes of it."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 
-from longalign.data.messages import SYSTEM_MERGED, BadSample, Raw, conversation, read, understand
+from longalign.data.messages import SYSTEM_MERGED, BadSample, Raw, conversation, understand
 from longalign.data.truncate import truncate
 from longalign.model.load import load_template
 from longalign.schema import Config
-
-CHUNK_BYTES = 1 << 20  # raw bytes in one task of a worker process
 
 
 @dataclass
@@ -75,58 +67,3 @@ class Encoder:
             out.rows_dropped.clear()
             out.changes.clear()
         return out
-
-
-_encoder: Encoder | None = None
-
-
-def _start_worker(config: Config) -> None:
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(config)
-
-
-def _encode_chunk(chunk: list[Raw]) -> list[Encoded]:
-    assert _encoder is not None
-    done = []
-    for raw in chunk:
-        try:
-            done.append(_encoder(raw))
-        except Exception as error:
-            raise RuntimeError(f"{raw.file}:{raw.line}: encoding failed: {error!r}") from error
-    return done
-
-
-def _chunks(files: list[Path]) -> Iterator[list[Raw]]:
-    chunk, size = [], 0
-    for file in files:
-        for raw in read(file):
-            chunk.append(raw)
-            size += len(raw.value) if isinstance(raw.value, bytes) else len(str(raw.value))
-            if size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def encode(files: list[Path], config: Config, processes: int) -> Iterator[Encoded]:
-    """Encode every record of the files, in order, with a bounded number of chunks in flight."""
-    if processes == 1:
-        _start_worker(config)
-        for chunk in _chunks(files):
-            yield from _encode_chunk(chunk)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (config,)) as pool:
-        waiting: deque[Future[list[Encoded]]] = deque()
-        try:
-            for chunk in _chunks(files):
-                waiting.append(pool.submit(_encode_chunk, chunk))
-                if len(waiting) > 2 * processes:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("a tokenize process died (out of memory?); try a smaller num_proc") from error
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, List, Value
 
-from longalign.data.encode import Encoded, encode
-from longalign.data.messages import expand
+from longalign.data.encode import Encoded, Encoder
+from longalign.data.messages import expand, read
+from longalign.data.parallel import count_processes, each
 from longalign.errors import UserError
 from longalign.files import fresh_folder, require_disk, versions, write_json
 from longalign.model.load import load_config, load_tokenizer, template_settings, tokenizer_hash
@@ -44,7 +44,6 @@ FEATURES = Features(
 SCHEMA = FEATURES.arrow_schema
 ROWS_PER_BATCH = 64
 OURS = ("manifest.json", "dropped.jsonl", "dataset_info.json", "state.json", "data-*.arrow", "plans", "stats")
-BYTES_PER_PROCESS = 16 << 20  # below this much text another process does not pay for its start
 
 
 # -- 2. mix ---------------------------------------------------------------------------------------------
@@ -191,17 +190,12 @@ def total_bytes(files: dict[bool, list[Path]]) -> int:
     return sum(f.stat().st_size for group in files.values() for f in group)
 
 
-def count_processes(config: Config, files: dict[bool, list[Path]]) -> int:
-    wanted = config.num_proc or min(os.cpu_count() or 1, 1 + total_bytes(files) // BYTES_PER_PROCESS)
-    return int(wanted)
-
-
 def tokenize(config: Config) -> dict[str, Any]:
     """Run the command; returns the manifest. Raises UserError for missing files, folders in the way, no room."""
     files = sources(config)
     assert config.output_dir is not None
     output = Path(config.output_dir)
-    processes = count_processes(config, files)
+    processes = count_processes(config, chain(*files.values()))
     require_disk(output, 4.0 * total_bytes(files), "output_dir")  # 2 x int32 a token of ~4 bytes, staged and final
     tokenizer = load_tokenizer(config)
     ledgers = {stem(str(file)): Ledger() for group in files.values() for file in group}
@@ -212,7 +206,7 @@ def tokenize(config: Config) -> dict[str, Any]:
             for is_long, group in files.items():
                 title = f"tokenize {'long' if is_long else 'short'} ({processes} proc.)"
                 with Bar(title, None, "samples") as bar:
-                    for encoded in encode(group, config, processes):
+                    for encoded in each(Encoder, config, chain.from_iterable(map(read, group)), processes):
                         _account(encoded, ledgers, stages[is_long], dropped, config)
                         bar.advance(1)
         for stage in stages.values():
