@@ -54,6 +54,8 @@ def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIX
             hint = f"; {setting}=null leaves this source out" if setting.endswith("_file") else ""
             raise UserError(f"{setting}={pattern}: no such file{hint}")
         for file in found:
+            if file.is_dir():
+                raise UserError(f"{setting}={file} is a folder; give its files, as {setting}={file}/*.jsonl")
             if not file.name.endswith(suffixes):
                 raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(suffixes)}")
         files += found
