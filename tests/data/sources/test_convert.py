@@ -262,7 +262,7 @@ def test_names_that_collide(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", RECORDS)
     jsonl(tmp_path / "b.jsonl", RECORDS)
     before = file.read_bytes()
-    with pytest.raises(UserError, match="would be overwritten by its own result; give source.output=NAME"):
+    with pytest.raises(UserError, match=r"would be overwritten by its own result; give source.output=NAME"):
         run(tmp_path, "source=files", f"source.path={file}", "overwrite=true")
     with pytest.raises(UserError, match="gives 2 files: name the one they become"):
         run(tmp_path / "out", "source=files", f"source.path={tmp_path}/*.jsonl")
@@ -295,20 +295,15 @@ def test_a_failed_run_leaves_the_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_leaves_nothing(processes: int, tmp_path: Path) -> None:
-    fifo, out = tmp_path / "endless.jsonl", tmp_path / "out"
-    os.mkfifo(fifo)  # so it is in the middle of its work for as long as we like
-    words = ["source=sharegpt", f"source.path={tmp_path}/*.jsonl", f"output_dir={out}", f"num_proc={processes}"]
+    file, out = jsonl(tmp_path / "a.jsonl", [{"id": 1, "conversations": CHAT_PAGE}] * 40_000), tmp_path / "out"
+    words = ["source=sharegpt", f"source.path={file}", f"output_dir={out}", f"num_proc={processes}"]
     command = [sys.executable, "-m", "longalign.cli", "prepare", *words]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    page = (json.dumps({"id": 1, "conversations": CHAT_PAGE}) + "\n").encode()
-    with open(fifo, "wb", buffering=0) as file:
-        for _ in range(3000):
-            file.write(page)
-        while not list(out.glob("*.partial")) or not any(path.stat().st_size for path in out.iterdir()):
-            assert child.poll() is None
-            time.sleep(0.05)
-        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: the command and its worker processes
-        _, said = child.communicate(timeout=60)
+    while not any(path.stat().st_size for path in out.glob("*.partial")):  # in the middle of its work
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: the command and its worker processes
+    _, said = child.communicate(timeout=60)
     assert child.returncode == 130
     assert said.strip().endswith("interrupted")
     assert "Traceback" not in said
