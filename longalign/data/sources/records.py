@@ -36,6 +36,8 @@ def files_of(source: Conversations) -> list[Path]:
         return expand([source.path] if isinstance(source, Hub) else source.path, "source.path", SUFFIXES)
     assert isinstance(source, Hub)
     folder = Path(source.path).absolute()  # `datasets` fails at "."
+    if source.path.startswith((".", "/")) and not folder.is_dir():
+        raise UserError(f"source.path={source.path}: no such folder")
     if not folder.is_dir() or _is_saved(folder):
         return []
     import datasets
@@ -109,8 +111,6 @@ def _dataset(source: Hub) -> Any:
     folder = Path(source.path)
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    if source.path.startswith((".", "/")) and not folder.is_dir():
-        raise UserError(f"source.path={source.path}: no such folder")
     if not _is_saved(folder):
         # What comes from a hub is kept in its cache, so it works offline next time; what is here needs no second copy.
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=folder.is_dir())

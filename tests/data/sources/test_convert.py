@@ -295,7 +295,8 @@ def test_a_failed_run_leaves_the_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_leaves_nothing(processes: int, tmp_path: Path) -> None:
-    file, out = jsonl(tmp_path / "a.jsonl", [{"id": 1, "conversations": CHAT_PAGE}] * 40_000), tmp_path / "out"
+    talk = [{"from": "human", "value": "words of a page " * 600}, {"from": "gpt", "value": "yes"}] * 2
+    file, out = jsonl(tmp_path / "a.jsonl", [{"conversations": talk}] * 15_000), tmp_path / "out"
     words = ["source=sharegpt", f"source.path={file}", f"output_dir={out}", f"num_proc={processes}"]
     command = [sys.executable, "-m", "longalign.cli", "prepare", *words]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
