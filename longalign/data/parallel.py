@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ _work: Callable[[Raw], Any] | None = None
 
 def _start_worker(make: Callable[[Config], Callable[[Raw], Any]], config: Config) -> None:
     global _work
+    if parent_process() is not None:  # Ctrl-C reaches every process of a terminal; the command ends its workers itself
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = make(config)
 
