@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,10 +31,17 @@ _work: Callable[[Raw], Any] | None = None
 
 def _start_worker(make: Callable[[Config], Callable[[Raw], Any]], config: Config) -> None:
     global _work
-    if parent_process() is not None:  # Ctrl-C reaches every process of a terminal; the command ends its workers itself
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = make(config)
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    """Start the workers, deaf to Ctrl-C, which reaches every process of a terminal: the command ends its workers."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
+    try:
+        pool.submit(int)  # the first task starts them all
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _do(chunk: list[Raw]) -> list[Any]:
@@ -70,6 +77,7 @@ def each(
             yield from _do(chunk)
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (make, config)) as pool:
+        _start(pool)
         waiting: deque[Future[list[Done]]] = deque()
         try:
             for chunk in _chunks(records):
