@@ -35,11 +35,12 @@ def _start_worker(make: Callable[[Config], Callable[[Raw], Any]], config: Config
     _work = make(config)
 
 
-def _start(pool: ProcessPoolExecutor) -> None:
+def _start(pool: ProcessPoolExecutor, processes: int) -> None:
     """Start the workers, deaf to Ctrl-C, which reaches every process of a terminal: the command ends its workers."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
     try:
-        pool.submit(int)  # the first task starts them all
+        for _ in range(processes):  # each task starts one more, since none is idle yet
+            pool.submit(int)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -77,7 +78,7 @@ def each(
             yield from _do(chunk)
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (make, config)) as pool:
-        _start(pool)
+        _start(pool, processes)
         waiting: deque[Future[list[Done]]] = deque()
         try:
             for chunk in _chunks(records):
