@@ -123,7 +123,7 @@ def _array(path: Path) -> Iterator[Any]:
                 continue
             yield value
             number, place = number + 1, end + 1
-        if text[place:].strip() or file.read(CHUNK).strip():
+        if text[place:].strip() or any(more.strip() for more in iter(lambda: file.read(CHUNK), "")):
             raise ValueError(f"the array does not end after item {number - 1}")
 
 
