@@ -293,6 +293,7 @@ def test_a_failed_run_leaves_the_older_files(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_leaves_nothing(processes: int, tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "words of a page " * 600}, {"from": "gpt", "value": "yes"}] * 2
