@@ -14,7 +14,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value or []
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]  # one path, a list, or null
+Words = Annotated[list[str], BeforeValidator(_as_list)]  # one word, a list, or null
+Paths = Words
 
 
 class Strict(BaseModel):
@@ -153,7 +154,7 @@ class ShareGPT(Records):
     name: Literal["sharegpt"]
     path: Annotated[Paths, Field(min_length=1)]
     html: Literal["auto", "all", "none"]
-    languages: Annotated[list[str], Field(min_length=1)] | None
+    languages: Words
     max_tokens: PositiveInt | None
 
 

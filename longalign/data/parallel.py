@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,6 +33,16 @@ def _start_worker(make: Callable[[Config], Callable[[Raw], Any]], config: Config
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = make(config)
+
+
+def _start(pool: ProcessPoolExecutor, processes: int) -> None:
+    """Start the workers, deaf to Ctrl-C, which reaches every process of a terminal: the command ends its workers."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
+    try:
+        for _ in range(processes):  # each task starts one more, since none is idle yet
+            pool.submit(int)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _do(chunk: list[Raw]) -> list[Any]:
@@ -67,6 +78,7 @@ def each(
             yield from _do(chunk)
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (make, config)) as pool:
+        _start(pool, processes)
         waiting: deque[Future[list[Done]]] = deque()
         try:
             for chunk in _chunks(records):
