@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,12 @@ context = multiprocessing.get_context("forkserver")
 def count_processes(config: Config, files: Iterable[Path]) -> int:
     size = sum(file.stat().st_size for file in files)
     return int(config.num_proc or min(os.cpu_count() or 1, 1 + size // BYTES_PER_PROCESS))
+
+
+def start_server() -> None:
+    """Start the server that workers are forked from, if it does not run yet: it takes seconds to load their modules."""
+    context.set_forkserver_preload(["longalign.data.shards", "transformers.tokenization_utils_tokenizers"])
+    forkserver.ensure_running()
 
 
 _work: Callable[[Any], Any] | None = None
@@ -69,7 +76,7 @@ def in_order(
     if processes == 1:
         yield from map(make(*arguments), tasks)
         return
-    context.set_forkserver_preload(["longalign.data.shards", "transformers.tokenization_utils_tokenizers"])
+    start_server()
     with ProcessPoolExecutor(processes, context, _start_worker, (make, arguments)) as pool:
         waiting: deque[tuple[str, Future[Done]]] = deque()
         try:

@@ -4,9 +4,9 @@ Input is cut into chunks at borders that depend on the records alone. A worker e
 
     LONGALIGN_CACHE/tokens/SETTINGS/CHUNK.arrow
 
-SETTINGS is a hash of all that decides what rows come of a record: tokenizer, template, max_length, truncate, versions and
-our own code. CHUNK is a hash of the records. A shard gets its name when it is whole, so whatever is there is used, by any
-later run with these settings and records. Nothing depends on the file's name or time: records that changed have
+SETTINGS is a hash of all that decides what rows come of a record: tokenizer, template, max_length, truncate, versions
+and our own code. CHUNK is a hash of the records. A shard gets its name when it is whole, so whatever is there is used,
+by any later run with these settings and records. Nothing depends on the file's name or time: records that changed have
 another name, and a file that was moved, or grew, is encoded as far as it is new.
 
 A shard holds `line` (of the record, from the first of its chunk), `content` (content_hash), `length`, `n_target`,
@@ -165,29 +165,31 @@ def write(path: Path, done: list[Encoded], first_line: int) -> None:
         writer.write_batch(pa.record_batch(columns, SCHEMA))
 
 
-def encode_file(
-    file: Path, folder: Path, template: Template, max_length: int, how: Truncate, processes: int, bar: Bar
-) -> list[Shard]:
-    """The shards of a file in order, those made that `folder` lacked.
+def encode_files(
+    files: list[Path], folder: Path, template: Template, max_length: int, how: Truncate, processes: int
+) -> dict[Path, list[Shard]]:
+    """The shards of every file, in order; those that `folder` lacked are made.
 
-    Raises UserError if it cannot be read or a record is too long for truncate=error.
+    Raises UserError if a file cannot be read or a record is too long for truncate=error.
     """
-    shards: list[Shard] = []
+    shards: dict[Path, list[Shard]] = {file: [] for file in files}
+    arguments = (folder, template, max_length, how, context.Lock())
+    with Bar(f"tokenize ({processes} proc.)", None, "samples") as bar:
 
-    def missing() -> Iterator[Task]:
-        for chunk in chunks(read(file)):
-            task = Task.of(chunk)
-            shards.append(Shard(folder / f"{task.name}.arrow", task.first_line))
-            if shards[-1].is_whole():
-                os.utime(shards[-1].path)  # used today
-                bar.advance(len(chunk))
-            else:
-                yield task
+        def missing() -> Iterator[Task]:
+            for file in files:
+                for chunk in chunks(read(file)):
+                    task = Task.of(chunk)
+                    shard = Shard(folder / f"{task.name}.arrow", task.first_line)
+                    shards[file].append(shard)
+                    if shard.is_whole():
+                        os.utime(shard.path)  # used today
+                        bar.advance(len(chunk))
+                    else:
+                        yield task
 
-    for count in in_order(
-        Writer, (folder, template, max_length, how, context.Lock()), missing(), processes, Task.place
-    ):
-        bar.advance(count)
+        for count in in_order(Writer, arguments, missing(), processes, Task.place):
+            bar.advance(count)
     return shards
 
 

@@ -4,8 +4,8 @@
 2. mix      rows held out by content; long rows chosen by datanum + all short rows, in one seeded order
 3. write    Arrow, manifest.json, dropped.jsonl, and the same in eval/ for what is held out; moved into place when whole
 
-Only 1 costs time, and nothing of it is repeated: neither by a run that was killed nor when another mix is wanted. What is
-written depends on files and settings alone, not on processes, interruptions or the cache.
+Only 1 costs time, and nothing of it is repeated: neither after a run that was killed nor when another mix is wanted.
+What is written depends on files and settings alone, not on processes, interruptions or the cache.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import numpy as np
 from longalign.data.ledger import Ledger
 from longalign.data.messages import expand
 from longalign.data.parallel import count_processes
-from longalign.data.shards import Shard, encode_file, settings_hash, sweep
+from longalign.data.shards import Shard, encode_files, settings_hash, sweep
 from longalign.data.table import Rows, write_arrow
 from longalign.data.template import Template
 from longalign.errors import UserError
 from longalign.files import disk_errors, fresh_folder, require_disk, versions, write_json
 from longalign.model.load import load_config, load_template, template_settings, tokenizer_hash
 from longalign.model.original import cache
-from longalign.progress import Bar
 from longalign.schema import Config
 
 TABLE = ("manifest.json", "dataset_info.json", "state.json", "data-*.arrow")
@@ -72,12 +71,8 @@ def encode(config: Config, files: dict[bool, list[Path]], template: Template, ha
         folder.mkdir(parents=True, exist_ok=True)
         room = TOKENS_PER_BYTE * 8 * total_bytes(files) - sum(path.stat().st_size for path in folder.iterdir())
         require_disk(folder, room, "LONGALIGN_CACHE")
-        shards = {}
-        for is_long, group in files.items():
-            with Bar(f"tokenize {'long' if is_long else 'short'} ({processes} proc.)", None, "samples") as bar:
-                for file in group:
-                    arguments = folder, template, config.max_length, config.truncate, processes, bar
-                    shards[file] = encode_file(file, *arguments)
+        group = list(chain(*files.values()))
+        shards = encode_files(group, folder, template, config.max_length, config.truncate, processes)
         sweep(folder.parent)
     return shards
 
