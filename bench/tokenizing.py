@@ -1,6 +1,6 @@
 """tokenize against the raw tokenizer and against the dense method of the reference: time and peak memory.
 
-    python bench/tokenize.py [--samples 2000] [--lengths FILE.npz] [--processes 2] [--times 1 10] [--folder DIR]
+    python bench/tokenizing.py [--samples 2000] [--lengths FILE.npz] [--processes 2] [--times 1 10] [--folder DIR]
 
 The samples are generated from a seed. Their lengths are the paper's mix (section 3.3, Figure 3 left): 15 in 17 short,
 log-normal around 800 tokens, at most 8,192, about half of them targets; 2 in 17 spread evenly over 8k to 64k, a few
@@ -34,32 +34,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_LENGTH = 65536
-SYLLABLES = [
-    "ka",
-    "to",
-    "mi",
-    "ren",
-    "sol",
-    "ba",
-    "din",
-    "ger",
-    "pol",
-    "at",
-    "en",
-    "ing",
-    "er",
-    "st",
-    "lo",
-    "qu",
-    "ve",
-    "ou",
-    "th",
-    "an",
-    "re",
-    "is",
-    "or",
-    "al",
-]
+SYLLABLES = "ka to mi ren sol ba din ger pol at en ing er st lo qu ve ou th an re is or al".split()  # noqa: SIM905
 
 
 # -- data -----------------------------------------------------------------------------------------------
@@ -219,13 +194,11 @@ def measure(method: str, folder: Path, data: str, processes: int) -> dict[str, f
 
     cache = folder / f"cache-{method}-{data}"
     environment = {**os.environ, "LONGALIGN_CACHE": str(cache), "RAYON_NUM_THREADS": str(processes)}
+    environment |= {"TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, __file__, "--method", method, "--folder", str(folder), "--data", data]
+    command += ["--processes", str(processes)]
     with open(folder / "result", "w") as result:
-        child = subprocess.Popen(
-            [*command, "--processes", str(processes)],
-            stdout=result,
-            env={**environment, "TOKENIZERS_PARALLELISM": "true"},
-        )
+        child = subprocess.Popen(command, stdout=result, env=environment)
         peak, rounds = {"rss": 0.0, "pss": 0.0}, 0
         while child.poll() is None:
             kinds = ("rss", "pss") if rounds % 25 == 0 else ("rss",)  # PSS is slow to read
