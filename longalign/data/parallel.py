@@ -33,8 +33,8 @@ def count_processes(config: Config, files: Iterable[Path]) -> int:
 
 
 def start_server() -> None:
-    """Start the server that workers are forked from, if it does not run yet: it takes seconds to load their modules."""
-    context.set_forkserver_preload(["longalign.data.shards", "transformers.tokenization_utils_tokenizers"])
+    """Start the server that workers are forked from, if it does not run yet: with their modules loaded."""
+    context.set_forkserver_preload(["longalign.data.shards"])
     forkserver.ensure_running()
 
 

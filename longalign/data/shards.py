@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
     ]
 )
 ABOUT = b"longalign"
-CODE = ("messages", "template", "chat_template", "truncate", "encode", "ledger", "shards")
+CODE = ("messages", "template", "chat_template", "truncate", "words", "encode", "ledger", "shards")
 LONG = 2 << 20  # bytes; encoding takes up to 200 times the room of the text, so longer ones are encoded one at a time
 KEEP_DAYS = 30  # a shard that no run has used for so long is deleted
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from longalign.data.chat_template import ChatTemplate, Segment, special_tokens
 from longalign.data.messages import BadSample, Messages, merge_system
+from longalign.data.words import word_by_word
 from longalign.errors import UserError
 
 IGNORE = -100
@@ -80,15 +81,23 @@ class Template:
         # ChatGLM's tokenizer never reads a special token from text.
         spellings = [] if tokenizer.split_special_tokens else [t for t in special_tokens(tokenizer) if len(t) > 1]
         self.special = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
-        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.ids_of_special = {t: tokenizer.convert_tokens_to_ids(t) for t in special_tokens(tokenizer)}
+        self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token or ""
+        self.always_literal = bool(tokenizer.split_special_tokens)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.backend = backend and word_by_word(backend)
         if self.backend is not None:  # a tokenizer.json may ask for either
             self.backend.no_truncation()
             self.backend.no_padding()
         self.start = self._start()
-        bos = tokenizer.bos_token or ""
-        behind, alone, line_break = self._encode([Piece(bos + "x"), Piece("x"), Piece("\n", literal=True)])
-        self.prefix_at_start_only = bool(bos) and behind[1:].tolist() != alone.tolist()
+        behind, alone, line_break = self._encode([Piece(self.bos + "x"), Piece("x"), Piece("\n", literal=True)])
+        self.prefix_at_start_only = bool(self.bos) and behind[1:].tolist() != alone.tolist()
         self.line_break = len(line_break)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which encode: that takes no transformers, whose import costs seconds and 200 MB."""
+        needed = self.jinja is not None or self.backend is None
+        return {**self.__dict__, "tokenizer": self.tokenizer if needed else None}
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -218,20 +227,20 @@ class Template:
         """
         text = segment.text
         if segment.is_special:
-            yield self.tokenizer.convert_tokens_to_ids(text)
+            yield self.ids_of_special[text]
         elif SHIELD in text:
             yield from self._shielded_pieces(text, first)
         elif first or not text or not self.prefix_at_start_only:
             yield Piece(text)
         else:
-            yield Piece(self.tokenizer.bos_token + text, skip=1)
+            yield Piece(self.bos + text, skip=1)
 
     def _shielded_pieces(self, text: str, first: bool) -> Iterator[Piece | int]:
         """Special tokens that the template wrote become their ids, those that people wrote stay text."""
         for place, piece in enumerate(re.split(f"({self.special.pattern})", text)):
             said = piece.replace(SHIELD, "")
             if place % 2:
-                yield self.tokenizer.convert_tokens_to_ids(piece)
+                yield self.ids_of_special[piece]
             elif (first and place == 0) or not self.prefix_at_start_only:
                 yield Piece(said, literal=True)
             else:  # behind a line break, which merges with nothing: BOS itself would be read as text here
@@ -257,7 +266,7 @@ class Template:
 
     def _encode_batch(self, pieces: list[Piece], batch: list[int], literal: bool, done: list[np.ndarray]) -> None:
         texts = [pieces[place].text for place in batch]
-        literal = literal or bool(self.tokenizer.split_special_tokens)
+        literal = literal or self.always_literal
         if self.backend is None:
             options = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
             ids = iter(self.tokenizer(texts, **options)["input_ids"])
@@ -268,7 +277,7 @@ class Template:
             done[place] = np.array(of_piece, np.int32)[pieces[place].skip :]
 
     def _assemble(self, segments: list[Segment], ids: list[np.ndarray], asking: bool) -> Row:
-        eos = self.tokenizer.eos_token_id
+        eos = self.eos
         parts = [np.array(self.start, np.int32)]
         labels = [np.full(len(self.start), IGNORE, np.int32)]
         ends = self.eos_after_answer and not asking
