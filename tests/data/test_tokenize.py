@@ -76,16 +76,6 @@ def test_truncation_is_counted(tmp_path: Path, base_words: list[str]) -> None:
     assert not (tmp_path / "error").exists()
 
 
-def test_several_processes_give_the_same_bits(tmp_path: Path, base_words: list[str]) -> None:
-    rows = [conversation(10 + i % 30, 1 + i % 7, i) for i in range(300)]
-    files = [f"long_file={write_jsonl(tmp_path / 'long.jsonl', rows)}", "short_file=null"]
-    one = run(base_words, tmp_path / "one", *files, "num_proc=1")
-    two = run(base_words, tmp_path / "two", *files, "num_proc=2")
-    assert one["fingerprint"] == two["fingerprint"]
-    arrow = "data-00000-of-00001.arrow"
-    assert (tmp_path / "one" / arrow).read_bytes() == (tmp_path / "two" / arrow).read_bytes()
-
-
 def test_datanum_is_seeded_and_nested() -> None:
     order = lambda *arguments, **kwargs: choose(50, *arguments, **kwargs).tolist()
     longs = lambda wanted, seed: {row for row in order(20, wanted, seed) if row < 50}
