@@ -21,11 +21,14 @@ from longalign.config import compose_config
 from longalign.data import shards
 from longalign.data.encode import Encoder
 from longalign.data.messages import Raw
+from longalign.data.template import Template
 from longalign.data.tokenize import held_out, tokenize
 from longalign.errors import UserError
 from longalign.files import read_json
-from longalign.model.load import load_template
+from longalign.model.load import load_template, load_tokenizer
+from longalign.schema import Config
 from tests.conftest import WORDS, conversation, write_jsonl
+from tests.data.faulty import Deadly, Trapped
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -65,7 +68,7 @@ def test_killed_at_any_point_it_continues(
     tmp_path: Path, base_words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 of the command alone, whose workers must then end by themselves; again until a run comes through."""
-    words = [*base_words, *files_of(tmp_path, 6000), "eval_fraction=0.1"]
+    words = [*base_words, *files_of(tmp_path, 3000), "eval_fraction=0.1"]
     monkeypatch.setenv("LONGALIGN_CACHE", str(tmp_path / "undisturbed"))
     run(words, tmp_path / "whole", "num_proc=1")
     cache = tmp_path / "cache"
@@ -80,7 +83,7 @@ def test_killed_at_any_point_it_continues(
         "num_proc=2",
     ]
     made, rng = [0], random.Random(1)
-    for _ in range(3):
+    for _ in range(2):
         child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
         while child.poll() is None and len(list(cache.rglob("*.arrow"))) <= made[-1]:
             time.sleep(0.01)
@@ -90,7 +93,7 @@ def test_killed_at_any_point_it_continues(
         child.wait()
         assert not psutil.wait_procs(family, timeout=10)[1], "workers outlive their command"
         made.append(len(list(cache.rglob("*.arrow"))))
-    assert 0 < made[1] <= made[2] <= made[3]
+    assert 0 < made[1] <= made[2]
     before = shard_times(cache)
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
@@ -167,43 +170,25 @@ def test_unused_shards_are_deleted(tmp_path: Path, base_words: list[str], own_ca
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_failure_names_file_and_line(
-    processes: int, tmp_path: Path, base_words: list[str], own_cache: Path, small_chunks: None
+    processes: int,
+    tmp_path: Path,
+    base_words: list[str],
+    own_cache: Path,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The template's Jinja divides by zero at one word; nothing else is wrong with the record."""
-    import shutil
+    def load(config: Config) -> Template:
+        return Trapped("longalign-llama", load_tokenizer(config))
 
-    from transformers import AutoTokenizer
-
-    from tests.data.test_template import FORGETFUL
-
-    words = [*base_words, *files_of(tmp_path)]
-    model = next(word for word in base_words if word.startswith("model.path=")).partition("=")[2]
-    shutil.copytree(model, tmp_path / "model")
-    made = AutoTokenizer.from_pretrained(tmp_path / "model")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    trap = "{% for m in messages %}{% if 'trap' in m.content %}{{ 1 / 0 }}{% endif %}{% endfor %}"
-    made.chat_template = trap + FORGETFUL
-    made.save_pretrained(tmp_path / "model")
-    file = tmp_path / "long.jsonl"
-    lines = file.read_text().splitlines()
-    lines[66] = json.dumps(conversation(5, 3, 0)).replace(conversation(5, 3, 0)["messages"][0]["content"], "trap")
-    file.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("longalign.data.tokenize.load_template", load)
+    words = files_of(tmp_path)
+    lines = (tmp_path / "long.jsonl").read_text().splitlines()
+    user, answer = conversation(5, 3, 0)["messages"]
+    lines[66] = json.dumps({"messages": [{**user, "content": "trap"}, answer]})
+    (tmp_path / "long.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(RuntimeError, match=r"long\.jsonl:67: ZeroDivisionError"):
-        words = [*words, f"model.path={tmp_path / 'model'}", "template=chat_template"]
-        run(words, tmp_path / "out", f"num_proc={processes}")
+        run([*base_words, *words], tmp_path / "out", f"num_proc={processes}")
     assert not (tmp_path / "out").exists()
-
-
-class Deadly:
-    """Stands in for a worker's encoder on a machine without memory."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __call__(self, task: shards.Task) -> int:
-        if any(b"trap" in raw.value for raw in task.records()):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return len(task.records())
 
 
 def test_a_dead_worker_is_told_with_its_lines(
@@ -248,7 +233,7 @@ def said(table: list[dict]) -> set[tuple[int, ...]]:
 
 
 def test_held_out_by_content_alone(tmp_path: Path, base_words: list[str], own_cache: Path) -> None:
-    words = [*base_words, *files_of(tmp_path)]
+    words = [*base_words, *files_of(tmp_path), "max_length=512"]
     short = (tmp_path / "short.jsonl").read_text().splitlines()
     twins = [json.dumps({"id": i, **json.loads(line)}) for i, line in enumerate(short[:7])]
     random.Random(0).shuffle(short)
@@ -298,7 +283,9 @@ def test_without_a_fraction_nothing_is_held_out(tmp_path: Path, base_words: list
 PEAK = """
 import sys, threading, time, psutil
 from longalign.config import compose_config
+from longalign.data import parallel
 from longalign.data.tokenize import tokenize
+parallel.CHUNK_BYTES = 1 << 17  # many chunks also of little data
 config, peak, here = compose_config("tokenize", sys.argv[1:]), [0], psutil.Process()
 def watch():
     while True:
@@ -320,7 +307,7 @@ print(peak[0])
 def test_ten_times_the_data_needs_no_more_memory(tmp_path: Path, base_words: list[str]) -> None:
     peaks = []
     for times in (1, 10):
-        rows = [conversation(1000 + i % 50, 3, i) for i in range(250 * times)]
+        rows = [conversation(500 + i % 50, 3, i) for i in range(300 * times)]
         file = write_jsonl(tmp_path / f"{times}" / "long.jsonl", rows)
         words = [*base_words, f"long_file={file}", "short_file=null", "max_length=65536", "num_proc=2"]
         command = [sys.executable, "-c", PEAK, *words, f"data_dir={tmp_path / f'out-{times}'}"]

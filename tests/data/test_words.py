@@ -49,7 +49,7 @@ def test_left_alone_where_ids_could_change(tmp_path: Path) -> None:
     vocab, merges = state["model"]["vocab"], state["model"]["merges"]
     assert "a▁" not in vocab
     assert [*"a▁"] not in merges
-    over = changed(state, vocab={**vocab, "a▁": len(vocab) + 9}, merges=[*merges, ["a", "▁"]])
+    over = changed(state, vocab={**vocab, "a▁": len(vocab) + 9}, merges=[["a", "▁"], *merges])
     text = "a a a"
     assert word_by_word(over).encode(text).ids == over.encode(text).ids != changed(state).encode(text).ids
     fusing = changed(state, byte_fallback=False, fuse_unk=True)
