@@ -43,6 +43,7 @@ _work: Callable[[Any], Any] | None = None
 
 def _start_worker(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of several already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = make(*arguments)
@@ -72,8 +73,8 @@ def in_order(
 
     An exception of a task is raised in its place. name: what to call the tasks of a process that died.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of several already
     if processes == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         yield from map(make(*arguments), tasks)
         return
     start_server()
