@@ -189,7 +189,7 @@ METHODS = {"longalign": run_longalign, "raw": run_raw, "dense": run_dense}
 
 
 def measure(method: str, folder: Path, data: str, processes: int) -> dict[str, float]:
-    """seconds; rss and pss, peaks in GB over the process tree."""
+    """seconds; of the whole process tree CPU seconds, imports included, and rss and pss, peaks in GB."""
     import psutil
 
     cache = folder / f"cache-{method}-{data}"
@@ -200,11 +200,13 @@ def measure(method: str, folder: Path, data: str, processes: int) -> dict[str, f
     with open(folder / "result", "w") as result:
         child = subprocess.Popen(command, stdout=result, env=environment)
         peak, rounds = {"rss": 0.0, "pss": 0.0}, 0
+        cpu: dict[int, float] = {}
         while child.poll() is None:
             kinds = ("rss", "pss") if rounds % 25 == 0 else ("rss",)  # PSS is slow to read
             now = dict.fromkeys(kinds, 0.0)
             for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
                 try:
+                    cpu[process.pid] = sum(process.cpu_times()[:2])
                     info = process.memory_full_info() if "pss" in kinds else process.memory_info()
                 except psutil.Error:  # it ended just now
                     continue
@@ -215,7 +217,7 @@ def measure(method: str, folder: Path, data: str, processes: int) -> dict[str, f
             time.sleep(0.02)
     if child.returncode:
         raise SystemExit(f"{method} failed")
-    return {"seconds": float((folder / "result").read_text().split()[-1]), **peak}
+    return {"seconds": float((folder / "result").read_text().split()[-1]), "cpu": sum(cpu.values()), **peak}
 
 
 def main() -> None:
@@ -250,12 +252,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     write_samples(folder / "1.jsonl", length, n_target, text, per_word)
     size = (folder / "1.jsonl").stat().st_size
     table = Table(title=f"{len(length):,} samples, {size / 1e6:.0f} MB, {args.processes} processes", box=box.SIMPLE)
-    for column in ("method", "seconds", "MB/s", "peak RSS, GB", "peak PSS, GB"):
+    for column in ("method", "seconds", "MB/s", "CPU seconds", "peak RSS, GB", "peak PSS, GB"):
         table.add_column(column, justify="right" if column != "method" else "left")
 
     def add(method: str, data: str, times: int) -> dict[str, float]:
         done = measure(method, folder, data, args.processes)
-        figures = [f"{done['seconds']:.1f}", f"{size * times / done['seconds'] / 1e6:.2f}"]
+        figures = [f"{done['seconds']:.1f}", f"{size * times / done['seconds'] / 1e6:.2f}", f"{done['cpu']:.1f}"]
         label = method if times == 1 else f"{method}, {times}x the data"
         table.add_row(label, *figures, f"{done['rss']:.2f}", f"{done['pss']:.2f}")
         return done
