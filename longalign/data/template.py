@@ -23,7 +23,7 @@ import numpy as np
 
 from longalign.data.chat_template import ChatTemplate, Segment, special_tokens
 from longalign.data.messages import BadSample, Messages, merge_system
-from longalign.data.words import word_by_word
+from longalign.data.words import words_of
 from longalign.errors import UserError
 
 IGNORE = -100
@@ -84,8 +84,8 @@ class Template:
         self.ids_of_special = {t: tokenizer.convert_tokens_to_ids(t) for t in special_tokens(tokenizer)}
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token or ""
         self.always_literal = bool(tokenizer.split_special_tokens)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.backend = backend and word_by_word(backend)
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.words = words_of(self.backend) if self.backend is not None else None
         if self.backend is not None:  # a tokenizer.json may ask for either
             self.backend.no_truncation()
             self.backend.no_padding()
@@ -249,19 +249,20 @@ class Template:
     def _encode(self, pieces: list[Piece]) -> list[np.ndarray]:
         """The ids of every piece, int32."""
         done = [np.empty(0, np.int32)] * len(pieces)
-        for literal in (False, True):
-            batch: list[int] = []
-            size = 0
-            for place, piece in enumerate(pieces):
-                if piece.literal != literal or not piece.text:
-                    continue
-                if batch and size + len(piece.text) > BATCH:
-                    self._encode_batch(pieces, batch, literal, done)
-                    batch, size = [], 0
-                batch.append(place)
-                size += len(piece.text)
-            if batch:
-                self._encode_batch(pieces, batch, literal, done)
+        rest: dict[bool, list[int]] = {False: [], True: []}
+        if self.backend is not None:
+            self.backend.encode_special_tokens = self.always_literal
+        for place, piece in enumerate(pieces):
+            behind_bos = len(self.bos) if piece.skip and not piece.literal else 0
+            if self.words is not None and self.words.can(piece.text, behind_bos):
+                done[place] = self.words(piece.text)[piece.skip :]
+            elif piece.text:
+                rest[piece.literal].append(place)
+        for literal, places in rest.items():
+            sizes = np.cumsum([len(pieces[place].text) for place in places], dtype=np.int64) // BATCH
+            for batch in np.split(np.array(places, np.int64), np.flatnonzero(np.diff(sizes)) + 1):
+                if len(batch):
+                    self._encode_batch(pieces, batch.tolist(), literal, done)
         return done
 
     def _encode_batch(self, pieces: list[Piece], batch: list[int], literal: bool, done: list[np.ndarray]) -> None:
