@@ -43,7 +43,7 @@ class Words(dict[str, tuple[int, ...]]):
         return ids
 
     def can(self, text: str, start: int = 0) -> bool:
-        """Not if a token such as `</s>`, which is no word, is spelled in it; start: behind the BOS that it begins with."""
+        """Not if a token such as `</s>`, which is no word, is spelled in it. start: behind its BOS."""
         return not self.needed.search(text, start)
 
     def __call__(self, text: str) -> np.ndarray:
