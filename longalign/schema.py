@@ -198,6 +198,7 @@ class Config(Strict):
     truncate: Literal["right", "middle", "drop", "error"]
     template: Literal["auto", "longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     num_proc: PositiveInt | None
+    eval_fraction: Fraction
     mix: dict[str, Mix]
 
     epochs: PositiveInt
