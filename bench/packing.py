@@ -17,10 +17,13 @@ token each: planning never reads them. Then, for each strategy, in a process of 
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder, where Python would find tokenize.py in place of its own module
+
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
