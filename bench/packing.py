@@ -53,7 +53,7 @@ def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray, tokens: i
     import pyarrow as pa
     from datasets import DatasetInfo
 
-    from longalign.data.tokenize import FEATURES, ROWS_PER_BATCH, SCHEMA
+    from longalign.data.table import FEATURES, ROWS_PER_BATCH, SCHEMA
     from longalign.files import write_json
 
     folder.mkdir()

@@ -25,6 +25,7 @@ class Ledger:
     tokens_cut: int = 0
     tokens_kept: int = 0
     targets_in: int = 0
+    targets_elsewhere: int = 0  # of rows that are held out or not chosen
     targets_kept: int = 0
 
     def add(self, encoded: Encoded) -> None:
