@@ -237,7 +237,7 @@ def test_one_and_two_processes_write_the_same(tmp_path: Path) -> None:
     [
         ("a.json", b'[{"messages": [', "item 1 of the array is malformed or cut short"),
         ("a.json", b'{"messages": []}', "use .jsonl"),
-        ("a.jsonl.gz", gzip.compress(as_text().encode())[:60], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(as_text().encode(), mtime=0)[:60], "cannot be read"),
         ("a.parquet", b"PAR1 no more", "cannot be read"),
         ("a.csv", b'messages\n"[]"\n"x', "unexpected end of data .after row 1"),
         ("a.csv", b"messages\n\xff\xfe\n", "cannot be read"),
