@@ -16,6 +16,7 @@ A shard holds `line` (of the record, from the first of its chunk), `content` (co
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -134,11 +135,19 @@ class Writer:
         self.folder, self.encoder, self.alone = folder, Encoder(template, max_length, how), alone
 
     def __call__(self, task: Task) -> int:
-        with self.alone if len(task.payload) > LONG else contextlib.nullcontext():
-            done = self.encoder(task.records())
-            partial = self.folder / f"{task.name}.partial-{os.getpid()}"
-            write(partial, done, task.first_line)
-            partial.replace(self.folder / f"{task.name}.arrow")
+        if len(task.payload) <= LONG:
+            return self._write(task)
+        with self.alone:
+            count = self._write(task)
+            with contextlib.suppress(OSError, AttributeError):  # not glibc, which keeps millions of small pieces
+                ctypes.CDLL(None).malloc_trim(0)
+        return count
+
+    def _write(self, task: Task) -> int:
+        done = self.encoder(task.records())
+        partial = self.folder / f"{task.name}.partial-{os.getpid()}"
+        write(partial, done, task.first_line)
+        partial.replace(self.folder / f"{task.name}.arrow")
         return len(done)
 
 
