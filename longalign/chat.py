@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from longalign.data.documents import Unreadable, read_document
 from longalign.data.messages import Messages
 from longalign.errors import UserError
 from longalign.evaluate.generate import Generator, Stream
@@ -14,11 +15,15 @@ from longalign.schema import Config
 HELP = "Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D ends the session."
 
 
-def read_document(file: str) -> str:
+def document_of(file: str) -> str:
+    """Raises UserError for a file without text."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_document(Path(file).expanduser())
+    except Unreadable as error:
         raise UserError(f"file={file} cannot be read as text: {error}") from None
+    if not text:
+        raise UserError(f"file={file} is empty")
+    return text
 
 
 def answer(generator: Generator, messages: Messages, max_new_tokens: int, stoppable: bool) -> str:
@@ -45,7 +50,7 @@ def answer(generator: Generator, messages: Messages, max_new_tokens: int, stoppa
 
 def chat(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
-    document = read_document(config.file) if config.file else ""
+    document = document_of(config.file) if config.file else ""
     if dry_run:
         what = "one answer" if config.prompt is not None else "a session"
         console.print(f"{what} from {config.model.path}, document of {len(document):,} characters")

@@ -89,7 +89,11 @@ def _command(name: str, summary: str) -> None:
     app.command(name, help=summary)(command)
 
 
-_command("prepare", "Write raw conversations: source=synthetic makes them up from a seed.")
+_command(
+    "prepare",
+    "Write raw conversations: of a hub, of files in other formats, of ShareGPT, asked of a model about documents of "
+    "your own, or made up from a seed.",
+)
 _command("tokenize", "Encode raw conversations into one Arrow table, accounting for every sample.")
 _command("group", "Plan which samples share a pack and which packs share a step.")
 _command("train", "Train on the plan; groups first if there is none. Ctrl-C saves a checkpoint.")

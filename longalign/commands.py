@@ -14,18 +14,18 @@ from longalign.schema import Config
 
 
 def prepare(config: Config, dry_run: bool) -> int:
-    from longalign.data.prepare import describe, prepare_synthetic
+    from longalign.data import prepare as module
 
-    if dry_run:
-        for line in describe(config):
-            console.print(line)
-        return 0
-    for file, count in prepare_synthetic(config).items():
-        console.print(f"{file}: {count:,} samples")
+    for line in module.describe(config) if dry_run else module.prepare(config):
+        console.print(line, soft_wrap=True)
     return 0
 
 
 def tokenize(config: Config, dry_run: bool) -> int:
+    from longalign.data.parallel import start_server
+
+    if not dry_run:
+        start_server()  # loads what workers need while this process does the same
     from longalign.data import tokenize as module
 
     if dry_run:
@@ -33,7 +33,7 @@ def tokenize(config: Config, dry_run: bool) -> int:
         for is_long, group in files.items():
             for file in group:
                 console.print(f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)")
-        processes = module.count_processes(config, files)
+        processes = module.count_processes(config, [file for group in files.values() for file in group])
         console.print(f"{processes} processes -> {config.output_dir}")
         return 0
     manifest = module.tokenize(config)
@@ -60,6 +60,7 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "samples in": "samples_in",
         "rows kept": "rows_kept",
         "rows not chosen by datanum": "rows_not_chosen",
+        "rows held out": "rows_held_out",
         "rows cut to max_length": "truncated",
         "tokens in": "tokens_in",
         "tokens cut": "tokens_cut",

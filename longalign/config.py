@@ -68,7 +68,8 @@ def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, 
         keys[prefix + name] = kinds
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys |= schema_keys(kind, f"{prefix}{name}.")
+                for key, more in schema_keys(kind, f"{prefix}{name}.").items():
+                    keys[key] = keys.get(key, []) + more  # the members of a union share some keys
     return keys
 
 
@@ -251,7 +252,9 @@ def _pydantic_messages(errors: Iterable[Any]) -> list[str]:
     """One line per wrong key; the alternatives of a union are joined by "or"."""
     wrong: dict[str, list[str]] = {}
     for error in errors:
-        given = key = ".".join(str(part) for part in error["loc"])
+        # below "source" pydantic puts the name of the union's member, which is no part of the key
+        parts = [part for n, part in enumerate(error["loc"]) if n != 1 or error["loc"][0] != "source"]
+        given = key = ".".join(map(str, parts))
         while key not in KEYS and "." in key and not _is_free(key) and error["type"] != "extra_forbidden":
             key = key.rpartition(".")[0]
         if error["type"] == "extra_forbidden":
@@ -260,7 +263,7 @@ def _pydantic_messages(errors: Iterable[Any]) -> list[str]:
             hint = "; a file of your own in a group starts with `defaults: [base]`" if "." in key else ""
             wrong[f"{key} is missing{hint}"] = []
         else:
-            said = error["msg"].removeprefix("Input should be ").partition(", unable")[0]
+            said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable")[0]
             said = said.replace("Field required", "a longer list")
             wrong.setdefault(f"{key}={error['input']!r} is not allowed: it should be ", []).append(said)
     return [start + " or ".join(dict.fromkeys(said)) for start, said in wrong.items()]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -103,14 +103,25 @@ def check_free(path: Path, ours: tuple[str, ...], overwrite: bool, setting: str 
         raise UserError(f"{setting}={path} is finished already; overwrite=true replaces it")
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, which is in place when the block ends well and absent (or as before) otherwise."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        # half of a surrogate pair has no UTF-8; this way it is written as JSON escapes it
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

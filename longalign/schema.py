@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -14,7 +14,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value or []
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]  # one path, a list, or null
+Words = Annotated[list[str], BeforeValidator(_as_list)]  # one word, a list, or null
+Paths = Words
 
 
 class Strict(BaseModel):
@@ -88,6 +89,79 @@ class Synthetic(Strict):
         return self
 
 
+class Price(Strict):
+    input: Annotated[float, Field(ge=0)] | None
+    output: Annotated[float, Field(ge=0)] | None
+
+
+class SelfInstruct(Strict):
+    name: Literal["self_instruct"]
+    documents: str
+    samples: PositiveInt
+    min_tokens: PositiveInt
+    max_tokens: PositiveInt
+    length_weight: Annotated[float, Field(ge=0, le=10)]
+    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
+    prompts: str | None
+    base_url: Annotated[str, Field(pattern="^https?://")]
+    model: str
+    api_key_env: str | None
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_output_tokens: PositiveInt | None
+    extra_body: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    concurrency: PositiveInt
+    cache: str | None
+    price_per_million: Price
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"source.max_tokens of at least source.min_tokens={self.min_tokens}")
+        return self
+
+
+class Records(Strict):
+    """How a record tells its conversation, and the name of the file written; what all sources of records share."""
+
+    format: Literal["openai", "alpaca", "sharegpt", "custom"]
+    fields: dict[Literal["messages", "role", "content", "instruction", "input", "output", "system", "id"], str]
+    roles: dict[str, Literal["system", "user", "assistant"]]
+    output: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None
+
+    @field_validator("fields")
+    @classmethod
+    def _enough(cls, fields: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        turns, columns = ("messages", "role", "content"), ("instruction", "output")
+        if info.data.get("format") == "custom" and not any(set(need) <= set(fields) for need in (turns, columns)):
+            raise ValueError(f"a map with {', '.join(turns)} or with {', '.join(columns)}, since format=custom")
+        return fields
+
+
+class Hub(Records):
+    name: Literal["longalign10k", "hub"]
+    path: str
+    subset: str | None
+    split: str
+
+
+class Files(Records):
+    name: Literal["files"]
+    path: Annotated[Paths, Field(min_length=1)]
+
+
+class ShareGPT(Records):
+    name: Literal["sharegpt"]
+    path: Annotated[Paths, Field(min_length=1)]
+    html: Literal["auto", "all", "none"]
+    languages: Words
+    max_tokens: PositiveInt | None
+
+
+Conversations = Hub | Files | ShareGPT  # of others, see data/sources
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
@@ -122,7 +196,7 @@ class Config(Strict):
     datanum: DataNum
     strategy: Strategy
     cluster: Cluster
-    source: Synthetic
+    source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
 
     seed: Annotated[int, Field(ge=0)]
@@ -134,6 +208,7 @@ class Config(Strict):
     truncate: Literal["right", "middle", "drop", "error"]
     template: Literal["auto", "longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     num_proc: PositiveInt | None
+    eval_fraction: Fraction
     mix: dict[str, Mix]
 
     epochs: PositiveInt

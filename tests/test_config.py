@@ -9,6 +9,11 @@ import pytest
 from longalign.config import COMMANDS, KEYS, compose_config, conf_dir, from_dict, groups, load_frozen, quote, to_yaml
 from longalign.errors import UserError
 
+NEEDS = {
+    "hf": ["model.path=somewhere"],
+    **{source: ["source.path=somewhere"] for source in ("hub", "files", "sharegpt")},
+    "self_instruct": ["source.documents=somewhere", "source.model=m"],
+}
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
 
@@ -19,8 +24,7 @@ def test_every_command_composes(command: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
-    more = ["model.path=somewhere"] if option == "hf" else []
-    config = compose_config("train", [f"{group}={option}", *more])
+    config = compose_config("train", [f"{group}={option}", *NEEDS.get(option, [])])
     if group not in ("experiment", "task"):
         assert getattr(config, group).name == option
 
@@ -124,6 +128,8 @@ def test_sweep_lists_are_not_quoted() -> None:
         ("~lr", "lr is missing"),
         ("lr=inf", "lr=inf is not allowed: it should be a finite number"),
         ("source.max_tokens=200 ", "at least min_tokens=256"),
+        ("source.max_tokens=many", "source.max_tokens='many' is not allowed: it should be a valid integer"),
+        ("source.html=all", "Key 'html' is not in struct"),
         ("task.needle.depths=[2]", "it should be less than or equal to 1"),
     ],
 )
@@ -138,6 +144,15 @@ def test_free_sections_take_any_key() -> None:
     config = compose_config("train", ["model.config.num_hidden_layers=4", "cluster.deepspeed.zero_optimization.x=1"])
     assert config.model.config == {"num_hidden_layers": 4}
     assert config.cluster.deepspeed == {"zero_optimization": {"x": 1}}
+
+
+def test_free_sections_merge_what_is_given() -> None:
+    config = compose_config(
+        "prepare", ["source=files", "source.path=[a b.jsonl, c.csv]", "source.roles={bot: assistant}"]
+    )
+    assert config.source.path == ["a b.jsonl", "c.csv"]
+    assert config.source.roles["bot"] == "assistant"
+    assert config.source.roles["human"] == "user"
 
 
 def test_home_folder_is_expanded_but_not_in_a_prompt() -> None:
@@ -168,6 +183,8 @@ def test_groups_of_the_users_own(tmp_path: Path) -> None:
 
 def test_every_key_has_a_default_in_yaml() -> None:
     composed = compose_config("train", []).model_dump()
+    sources = [compose_config("train", [f"source={o}", *NEEDS.get(o, [])]).source for o in groups()["source"]]
+    composed["source"] = {key: value for source in sources for key, value in source.model_dump().items()}
     for key in KEYS:
         value: object = composed
         for part in key.split("."):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ SYSTEM_MERGED = "system message put into a user turn"
 # Invisible characters that answers scraped from web pages carry (the reference removes them too).
 ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
+# A .json array is read in pieces of so many characters; no item may be longer than MAX_ITEM.
+CHUNK, MAX_ITEM = 1 << 20, 1 << 26
+GAP = re.compile(r"[ \t\r\n]*")
+
 Messages = list[dict[str, str]]
 
 
@@ -35,21 +40,24 @@ class Raw:
     """One record of a file, not yet understood: `value` is JSON text (bytes) or an object of a table row."""
 
     file: str
-    line: int  # from 1; for .json and .parquet the record's place
+    line: int  # from 1; for tables and arrays the record's place
     value: Any
 
 
-def expand(patterns: list[str], setting: str) -> list[Path]:
+def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Paths and globs -> files, in a fixed order. Raises UserError for one that is missing or unreadable."""
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
         found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
         if not found:
-            raise UserError(f"{setting}={pattern}: no such file; {setting}=null leaves this source out")
+            hint = f"; {setting}=null leaves this source out" if setting.endswith("_file") else ""
+            raise UserError(f"{setting}={pattern}: no such file{hint}")
         for file in found:
-            if not file.name.endswith(SUFFIXES):
-                raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(SUFFIXES)}")
+            if file.is_dir():
+                raise UserError(f"{setting}={file} is a folder; give its files, as {setting}={file}/*.jsonl")
+            if not file.name.endswith(suffixes):
+                raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(suffixes)}")
         files += found
     return files
 
@@ -82,17 +90,52 @@ def _zst_lines(path: Path) -> Iterator[bytes]:
         yield rest
 
 
+def _array(path: Path) -> Iterator[Any]:
+    """The items of a JSON array, one by one, however long the file. Raises ValueError where it is malformed.
+
+    An item that cannot be decoded may just be cut off where the text read so far ends. So more is read, twice as much
+    each time, until the item is whole, longer than MAX_ITEM, or the file is over.
+    """
+    decoder, number, place = json.JSONDecoder(), 1, 0
+    with open(path, encoding="utf-8-sig") as file:
+        text = ""
+        while not text and (more := file.read(CHUNK)):
+            text = more.lstrip()
+        if not text.startswith("["):
+            raise UserError(f"{path}: a .json file holds one array of samples; use .jsonl for one per line")
+        sign, text = ",", text[1:]
+        while sign == ",":
+            try:
+                start = GAP.match(text, place).end()  # type: ignore[union-attr]  # it always matches
+                if number == 1 and text[start] == "]":
+                    sign, place = "]", start + 1
+                    break
+                value, end = decoder.raw_decode(text, start)
+                end = GAP.match(text, end).end()  # type: ignore[union-attr]
+                if text[end] not in ",]":  # the rest of a number, such as .5, was not read yet
+                    raise ValueError(text[end])
+                sign = text[end]
+            except (ValueError, IndexError) as error:
+                more = file.read(max(CHUNK, len(text) - place)) if len(text) - place <= MAX_ITEM else ""
+                if not more:
+                    raise ValueError(f"item {number} of the array is malformed or cut short") from error
+                text, place = text[place:] + more, 0
+                continue
+            yield value
+            number, place = number + 1, end + 1
+        if text[place:].strip() or any(more.strip() for more in iter(lambda: file.read(CHUNK), "")):
+            raise ValueError(f"the array does not end after item {number - 1}")
+
+
 def read(path: Path) -> Iterator[Raw]:
     """Yield every record of a file; blank lines are skipped. Raises UserError if the file is not readable."""
     try:
         if path.name.endswith(".parquet"):
             import pyarrow.parquet as pq
 
-            rows = (row for batch in pq.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
+            rows: Iterator[Any] = (row for batch in pq.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
         elif path.name.endswith(".json"):
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: a .json file holds one array of samples; use .jsonl for one per line")
+            rows = _array(path)
         else:
             for number, line in enumerate(_lines(path), start=1):
                 if line.strip():
@@ -139,18 +182,18 @@ def conversation(sample: dict[str, Any]) -> tuple[Messages, Counter[str]]:
         elif role == "user":
             if turns and system:  # inside the conversation; one before it stays until the end
                 changes[SYSTEM_MERGED] += 1
-                content, system = _joined(*system, content), []
+                content, system = joined(*system, content), []
             if turns and turns[-1]["role"] == "user":
                 changes["user turns in a row joined"] += 1
-                content = _joined(turns.pop()["content"], content)
+                content = joined(turns.pop()["content"], content)
             turns.append({"role": role, "content": content})
             if len(turns) == 1:
-                opening, system = _joined(*system), []
+                opening, system = joined(*system), []
         elif not turns:
             changes["answer without a question left out"] += 1
         elif turns[-1]["role"] == "assistant":
             changes["answers in a row joined"] += 1
-            turns[-1]["content"] = _joined(turns[-1]["content"], content)
+            turns[-1]["content"] = joined(turns[-1]["content"], content)
         else:
             turns.append({"role": role, "content": content})
     if turns and turns[-1]["role"] == "user":
@@ -178,7 +221,7 @@ def _checked(message: Any) -> tuple[str, str]:
     return role, content.translate(ZERO_WIDTH) if role == "assistant" else content
 
 
-def _joined(*texts: str) -> str:
+def joined(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
@@ -187,4 +230,4 @@ def merge_system(messages: Messages) -> Messages:
     if messages[0]["role"] != "system":
         return messages
     system, user, *rest = messages
-    return [{"role": "user", "content": _joined(system["content"], user["content"])}, *rest]
+    return [{"role": "user", "content": joined(system["content"], user["content"])}, *rest]

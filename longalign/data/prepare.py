@@ -1,4 +1,4 @@
-"""Raw conversations: source=synthetic writes seeded ones, for the demo, the tests and the bundled model."""
+"""Raw conversations: of others (data/sources), made from documents (data/self_instruct), or seeded ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 from longalign.data.synthetic import base_texts, conversations
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json, write_text
-from longalign.schema import Config
+from longalign.schema import Config, SelfInstruct, Synthetic
 
 
-def _parts(config: Config) -> dict[str, Iterator[dict[str, Any]]]:
+def _parts(source: Synthetic, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
     """File name -> its samples. Train and test share no fact."""
-    source, seed = config.source, config.seed
     lengths = (source.min_tokens, source.max_tokens)
     parts = {
         "long": (source.long, conversations("long", "train", source.long, seed, *lengths)),
@@ -27,14 +26,37 @@ def _parts(config: Config) -> dict[str, Iterator[dict[str, Any]]]:
 
 
 def describe(config: Config) -> list[str]:
-    return [f"{config.output_dir}/{name}, seed {config.seed}" for name in _parts(config)]
+    """What would be read and written. Raises UserError for what cannot be read."""
+    if isinstance(config.source, Synthetic):
+        return [f"{config.output_dir}/{name}, seed {config.seed}" for name in _parts(config.source, config.seed)]
+    # the others bring torch along, which takes seconds
+    if isinstance(config.source, SelfInstruct):
+        from longalign.data.self_instruct import generate
+
+        return generate.describe(config, config.source)
+    from longalign.data.sources import convert
+
+    return convert.describe(config, config.source)
 
 
-def prepare_synthetic(config: Config) -> dict[str, int]:
+def prepare(config: Config) -> list[str]:
+    """Write the files of config.source; returns what to tell about them. Raises UserError."""
+    if isinstance(config.source, Synthetic):
+        return [f"{file}: {count:,} samples" for file, count in synthetic(config, config.source).items()]
+    if isinstance(config.source, SelfInstruct):
+        from longalign.data.self_instruct import generate
+
+        return generate.prepare(config, config.source)
+    from longalign.data.sources import convert
+
+    return convert.convert(config, config.source)
+
+
+def synthetic(config: Config, source: Synthetic) -> dict[str, int]:
     """Write one JSONL file a part and a manifest; returns how many samples each file got. Raises UserError."""
     counts: dict[str, int] = {}
     output = Path(config.output_dir or "")
-    parts = _parts(config)
+    parts = _parts(source, config.seed)
     for name in parts:
         if (output / name).exists() and not config.overwrite:
             raise UserError(f"{output / name} exists already; overwrite=true replaces it")
@@ -44,6 +66,6 @@ def prepare_synthetic(config: Config) -> dict[str, int]:
             lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
             write_text(output / name, "".join(lines))
             counts[str(output / name)] = len(lines)
-        manifest = {"source": config.source.model_dump(), "seed": config.seed, "samples": counts}
+        manifest = {"source": source.model_dump(), "seed": config.seed, "samples": counts}
         write_json(output / "synthetic.json", manifest)
     return counts

@@ -6,6 +6,7 @@ states it, and nothing else. `contains` counts answers that have the value in th
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longalign.data.documents import Unreadable, find_documents, read_document
 from longalign.data.synthetic import Fact, facts, filler
 from longalign.errors import UserError
 from longalign.evaluate.generate import Generator
-from longalign.progress import Bar
+from longalign.progress import Bar, warn
 from longalign.schema import Needle
 
 
@@ -46,20 +48,25 @@ def sentences(haystack: str | None, rng: random.Random) -> Iterator[str]:
     if haystack is None:
         yield from filler(rng)
         return
-    root = Path(haystack)
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".md"))
-    if not files:
-        raise UserError(f"task.needle.haystack={haystack}: no .txt or .md file there; null generates sentences")
-    try:
-        found = [s for f in files for s in re.split(r"(?<=[.!?])\s+", f.read_text(encoding="utf-8")) if s.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"task.needle.haystack={haystack} cannot be read as text: {error}") from None
-    if not found:
-        raise UserError(f"task.needle.haystack={haystack}: its files are empty")
+    found = _sentences_of(haystack)
     start = rng.randrange(len(found))
     while True:
         yield from found[start:]
         start = 0
+
+
+@functools.cache
+def _sentences_of(haystack: str) -> list[str]:
+    """The sentences of every document in a folder, or of one. Raises UserError if there are none."""
+    found = []
+    for file in find_documents(Path(haystack)):
+        try:
+            found += [s for s in re.split(r"(?<=[.!?])\s+", read_document(file)) if s.strip()]
+        except Unreadable as error:
+            warn(f"task.needle.haystack: {file} is left out: {error}")
+    if not found:
+        raise UserError(f"task.needle.haystack={haystack}: no text there; null generates sentences")
+    return found
 
 
 def build_document(

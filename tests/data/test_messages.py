@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from longalign.data import messages as module
 from longalign.data.messages import BadSample, conversation, expand, merge_system, read, understand
 from longalign.errors import UserError
 
@@ -135,3 +137,54 @@ def test_malformed_lines(line: bytes, tmp_path: Path) -> None:
     path.write_bytes(line)
     with pytest.raises(BadSample):
         understand(next(read(path)))
+
+
+ARRAYS = [
+    "[]",
+    " [ ] ",
+    "[1, 23, -4.5e6, 789]",
+    '\ufeff[{"a": "],[{"}, "\\\\", "\\"", "\\ud83d", "你好", null, true, [[], {}]]\n',
+    '[{"long": "' + "x" * 50 + '"}\r\n,\t{"b": [1, 2]} ]',
+]
+BROKEN = ["[1, 2", "[1 2]", "[1,]", "[,1]", "[1] 2", "[1]]", '["a', "[tru]", "[nul"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
+def test_arrays_read_in_pieces_are_those_read_whole(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    for text in ARRAYS:
+        path.write_text(text, encoding="utf-8")
+        assert [raw.value for raw in read(path)] == json.loads(text.removeprefix("\ufeff"))
+    for text in BROKEN:
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.json cannot be read"):
+            list(read(path))
+    for text in ('{"item": [1]}', "", "3"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="holds one array"):
+            list(read(path))
+
+
+def test_an_item_without_end_is_not_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 10)
+    monkeypatch.setattr(module, "MAX_ITEM", 100)
+    path = tmp_path / "a.json"
+    path.write_text('["a", "' + "x" * 10_000)
+    with pytest.raises(UserError, match="item 2 of the array is malformed"):
+        list(read(path))
+
+
+def test_a_large_array_needs_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with open(path, "w") as file:
+        file.write("[" + ",\n".join(json.dumps({"id": n, "value": "x" * 100_000}) for n in range(500)) + "]")
+    assert path.stat().st_size > 50e6
+    tracemalloc.start()
+    count = sum(len(raw.value["value"]) == 100_000 for raw in read(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 500
+    assert peak < 15e6

@@ -55,10 +55,16 @@ def test_depth(depth: float) -> None:
     assert "d two." in document
 
 
-def test_haystack_of_the_users_own(tmp_path: Path) -> None:
+def test_haystack_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("One is here. Two is there! Three?")
     source = needle.sentences(str(tmp_path), random.Random(0))
     assert set(itertools.islice(source, 6)) == {"One is here.", "Two is there!", "Three?"}
+    (tmp_path / "b.html").write_text("<p>Four is a page.</p>")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\0")
+    needle._sentences_of.cache_clear()
+    source = needle.sentences(str(tmp_path), random.Random(0))
+    assert "Four is a page." in itertools.islice(source, 4)
+    assert "c.png is left out: not text" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="haystack"):
         next(needle.sentences(str(tmp_path / "none"), random.Random(0)))
 

@@ -1,0 +1,1 @@
+"""source=self_instruct: long instruction data that a model makes from the user's own documents."""

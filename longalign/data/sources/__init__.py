@@ -1,0 +1,1 @@
+"""Conversations of others, in their own formats: hubs, local files, ShareGPT."""
