@@ -7,7 +7,7 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     budget      + the matmuls' outputs, in as many   + 2q + 4k + 2h     no matmul is computed again in these layers
                 layers as memory holds                + 4m
     none        everything                           about 12h + 6m     nothing is
-    offload     layer input, in host memory          0                  everything is
+    offload     as selective, in host memory         0                  as selective; MLPs run in tiles
 
 Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint, which
 selects what to keep by operator (torch.utils.checkpoint.create_selective_checkpoint_contexts).
@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longalign.model import kernels
 from longalign.model.cost import shape_of
+from longalign.model.offload import Offload, tile
 from longalign.schema import Config
 
 Policy = Literal["full", "selective", "budget", "offload", "none"]
@@ -59,20 +60,21 @@ class Activations:
         self.policy = policy
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
-        self.offload = Offload() if policy == "offload" else None
+        self.offload = Offload(len(self.layers), keeps_attention) if policy == "offload" else None
         self.memory = Memory(model) if policy == "budget" and torch.cuda.is_available() else None
         if policy == "none":
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for number, layer in enumerate(self.layers):
             layer._gradient_checkpointing_func = partial(self._run, number, _linears(layer))
+            if self.offload:
+                tile(layer.mlp)
 
     def _run(self, number: int, linears: list[torch.nn.Linear], function: Callable[..., Any], *args: Any) -> Any:
         if self.policy == "full":
             return checkpoint(function, *args, use_reentrant=False)
         if self.offload:
-            with self.offload.layer(number):
-                return checkpoint(function, *args, use_reentrant=False)
+            return self.offload.run(number, function, *args)
         kept = linears if number >= len(self.layers) - self.with_matmuls else []
         contexts = partial(create_selective_checkpoint_contexts, partial(_choose, kept))
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
@@ -84,6 +86,8 @@ class Activations:
 
     def describe(self, slices: int) -> str:
         """What the last micro-step kept, in words."""
+        if self.offload:
+            return f"in host memory, attention in {self.offload.kept_layers} of {len(self.layers)} layers"
         if self.policy != "budget":
             return self.policy
         whole = self.memory is not None and self.memory.now[1]
@@ -156,8 +160,12 @@ def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
     return [module for name, module in linears if not name.endswith(turned)]
 
 
+def keeps_attention(op: Any) -> bool:
+    return op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default
+
+
 def _choose(kept: list[torch.nn.Linear], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default:
+    if keeps_attention(op):
         return CheckpointPolicy.MUST_SAVE
     if kept and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], kept))):
         return CheckpointPolicy.MUST_SAVE
@@ -166,63 +174,3 @@ def _choose(kept: list[torch.nn.Linear], _: Any, op: Any, *args: Any, **kwargs: 
 
 def _is_of(matrix: torch.Tensor, linears: list[torch.nn.Linear]) -> bool:
     return any(matrix.data_ptr() == linear.weight.data_ptr() for linear in linears)
-
-
-class Offload:
-    """Layer inputs in pinned host memory, copied while the device computes."""
-
-    def __init__(self) -> None:
-        self.host: dict[int, torch.Tensor] = {}  # a layer's buffer, kept from one micro-step to the next
-        self.coming: dict[int, torch.Tensor] = {}  # on their way back
-        self.shapes: dict[int, tuple[torch.Size, torch.device]] = {}
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-
-    def layer(self, number: int) -> Any:
-        return torch.autograd.graph.saved_tensors_hooks(partial(self._leave, number), self._return)
-
-    def _leave(self, number: int, tensor: torch.Tensor) -> torch.Tensor | int:
-        if not tensor.dtype.is_floating_point or tensor.dim() != 3:
-            return tensor
-        host = self._buffer(number, tensor)
-        self.shapes[number] = (tensor.shape, tensor.device)
-        if self.stream is None or not tensor.is_cuda:
-            host.copy_(tensor.detach())
-            return number
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(self.stream)
-        return number
-
-    def _return(self, kept: torch.Tensor | int) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        tensor = self._fetch(kept)
-        if self.stream is not None and tensor.is_cuda:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            if kept - 1 in self.shapes:  # the next one, while this layer is computed
-                self.coming[kept - 1] = self._fetch(kept - 1)
-            tensor.record_stream(torch.cuda.current_stream())
-        return tensor
-
-    def _fetch(self, number: int) -> torch.Tensor:
-        if number in self.coming:
-            return self.coming.pop(number)
-        shape, device = self.shapes.pop(number)
-        host = self.host[number][: shape.numel()].view(shape)
-        if self.stream is None or device.type != "cuda":
-            return host.to(device, copy=True)
-        with torch.cuda.stream(self.stream):
-            return host.to(device, non_blocking=True)
-
-    def _buffer(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Exactly as large as needed: torch's own pinned memory is rounded up to powers of two."""
-        have = self.host.get(number)
-        if have is None or have.numel() < tensor.numel() or have.dtype != tensor.dtype:
-            if have is not None and tensor.is_cuda:
-                torch.cuda.cudart().cudaHostUnregister(have.data_ptr())
-            have = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            if tensor.is_cuda:
-                torch.cuda.cudart().cudaHostRegister(have.data_ptr(), have.nbytes, 0)
-            self.host[number] = have
-        return have[: tensor.numel()].view(tensor.shape)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from longalign.data.batch import cut
-from longalign.model import attention
+from longalign.model import attention, offload
 from longalign.model.activations import Activations, Policy
 from longalign.model.loss import StepTotals, WeightedLoss, batch_weights
 from tests.model.test_attention import pack
@@ -74,9 +74,48 @@ def test_what_is_computed_again(model_dir: Path) -> None:
 
     mm, attentions, layers = calls("none")
     assert calls("full")[:2] == (mm + 6 * layers, 2 * attentions)  # all but down_proj, whose output nobody needs
+    assert calls("offload")[:2] == (mm + 6 * layers, attentions)
     assert calls("selective")[:2] == (mm + 6 * layers, attentions)
     assert calls("budget", 1)[:2] == (mm + 6 * (layers - 1), attentions)
     assert calls("budget", layers)[:2] == (mm, attentions)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_offload_keeps_what_host_memory_holds(kept: int, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, weights = batch_of(40, 3, 25)
+    truth = gradients(build(model_dir, "none")[0], batch, weights)
+    module, activations = build(model_dir, "offload")
+    layers, inputs = len(activations.layers), 68 * module.model.config.hidden_size * 4  # bytes of one layer's input
+    monkeypatch.setattr(offload, "free_host_memory", lambda: int((layers + kept + 0.1) * inputs / offload.SHARE))
+    with Count() as count:
+        found = gradients(module, batch, weights)
+    assert activations.offload is not None
+    assert activations.offload.kept_layers == kept
+    assert activations.describe(1) == f"in host memory, attention in {kept} of {layers} layers"
+    forwards = sum(n for name, n in count.calls.items() if name.startswith("_scaled_dot") and "back" not in name)
+    assert forwards == 3 * (2 * layers - kept), "three documents"
+    assert sum(buffer.nbytes for buffer in activations.offload.host.values()) >= (layers + kept) * inputs
+    for name, gradient in found.items():
+        assert torch.equal(gradient, truth[name]), name
+
+
+def test_mlp_in_tiles(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, weights = batch_of(40, 3, 25)
+    truth = gradients(build(model_dir, "none")[0], batch, weights)
+    monkeypatch.setattr(offload, "TILE", 17)
+    module, _ = build(model_dir, "offload")
+    widest = 0
+
+    def seen(_: object, args: tuple[torch.Tensor]) -> None:
+        nonlocal widest
+        widest = max(widest, args[0].shape[1])
+
+    for name, part in module.named_modules():
+        if name.endswith("gate_proj"):
+            part.register_forward_pre_hook(seen)
+    for name, gradient in gradients(module, batch, weights).items():
+        assert (gradient - truth[name]).norm() <= 1e-6 * truth[name].norm(), name
+    assert widest == 17
 
 
 @pytest.mark.parametrize("limit", [1, 30, 44, 1000])
