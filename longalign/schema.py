@@ -187,7 +187,9 @@ class Bench(Strict):
     attention: Annotated[list[Literal["auto", "flash4", "flash3", "flash2", "varlen", "sdpa"]], Field(min_length=1)]
     activations: Annotated[list[Literal["full", "selective", "budget", "offload", "none"]], Field(min_length=1)]
     targets: Fraction
+    warm_up: Annotated[int, Field(ge=0)]
     repeat: PositiveInt
+    step_packs: PositiveInt | None
     peer: Literal["trl"] | None
 
 

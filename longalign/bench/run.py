@@ -32,13 +32,12 @@ from longalign.model.loss import WeightedLoss
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 
-WARM_UP = 4  # passes: kernels are compiled, then activations chosen by what passes took, in three rounds
-
 
 class Case(NamedTuple):
     pack: str
     attention: str
     activations: Policy
+    of: str = "pass"  # forward and backward; or "step", through the training engine; or "trl", through SFTTrainer
 
 
 def bench(config: Config, dry_run: bool) -> int:
@@ -50,6 +49,10 @@ def bench(config: Config, dry_run: bool) -> int:
         for b in wanted.attention
     ]
     cases = [Case(p, b, a) for b in dict.fromkeys(backends) for a in wanted.activations for p in wanted.packs]
+    if wanted.step_packs:
+        cases += [Case(p, backends[0], a, "step") for a in wanted.activations for p in wanted.packs]
+    if wanted.peer:
+        cases += [Case(p, "its own", "full", wanted.peer) for p in wanted.packs]
     documents = {p: lengths(p, config.max_length, np.random.default_rng(config.seed)) for p in wanted.packs}
     flops = {pack: float(cost_of(shape_of(hf))(documents[pack]).sum()) for pack in wanted.packs}
     for case in cases if dry_run else []:
@@ -63,15 +66,16 @@ def bench(config: Config, dry_run: bool) -> int:
         output.mkdir(parents=True, exist_ok=True)
     rate = matmul_rate(device)
     rows: list[dict[str, Any]] = []
-    peers = [Case(pack, "trl", "full") for pack in wanted.packs] if wanted.peer else []
-    with Bar("bench", len(cases) + len(peers), "cases") as bar:
-        for case in [*cases, *peers]:
-            mine = documents[case.pack]
-            done = run_peer(config, case.pack, output) if case in peers else run_case(config, hf, case, mine, device)
-            row = {**case._asdict(), **done}
+    with Bar("bench", len(cases), "cases") as bar:
+        for case in cases:
+            row: dict[str, Any] = case._asdict()
+            if case.of == "pass":
+                row |= run_case(config, hf, case, documents[case.pack], device)
+            else:
+                row |= run_apart(config, case, output)
             if "seconds" in row:
                 row["tokens_per_s"] = row["tokens"] / row["seconds"]
-                row["tflops"] = flops[case.pack] / row["seconds"] / 1e12
+                row["tflops"] = flops[case.pack] * row["tokens"] / sum(documents[case.pack]) / row["seconds"] / 1e12
                 row["of_matmul"] = row["tflops"] / rate
             rows.append(row)
             write_json(output / "bench.json", report(config, device, rate, rows))
@@ -82,7 +86,7 @@ def bench(config: Config, dry_run: bool) -> int:
 
 def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: str) -> dict[str, Any]:
     """Seconds of a pass (median), peak bytes and what was kept; or what went wrong."""
-    dtype = resolve_dtype(config, device)
+    dtype, warm_up = resolve_dtype(config, device), config.bench.warm_up
     torch.manual_seed(config.seed)
     try:
         with torch.device(device):
@@ -95,10 +99,10 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
         )
         weights = sequence_weights(batch)
         passes: list[dict[str, Any]] = []
-        for number in range(WARM_UP + config.bench.repeat):
+        for number in range(warm_up + config.bench.repeat):
             if device == "cuda":
                 torch.cuda.synchronize()
-                if number >= WARM_UP and not keep.memory:
+                if number >= warm_up and not keep.memory:
                     torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             limit = config.slice_tokens or keep.slice_tokens()
@@ -117,7 +121,7 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
             )
         return {
             "tokens": sum(documents),
-            "seconds": float(np.median([p["seconds"] for p in passes[WARM_UP:]])),
+            "seconds": float(np.median([p["seconds"] for p in passes[warm_up:]])),
             "peak_bytes": passes[-1]["peak_bytes"],
             "kept": passes[-1]["kept"],
             "passes": passes,
@@ -133,16 +137,18 @@ def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: 
             torch.cuda.empty_cache()
 
 
-def run_peer(config: Config, pack: str, output: Path) -> dict[str, Any]:
-    """The pack through TRL, in a process of its own, so that neither patches the other's model code."""
-    frozen, result, log = output / "config.yaml", output / f"trl-{pack}.json", output / f"trl-{pack}.log"
+def run_apart(config: Config, case: Case, output: Path) -> dict[str, Any]:
+    """A case in a process of its own: steps, whose engine is a rank's, and the peer, which patches model code."""
+    name = f"{case.of}-{case.pack}-{case.activations}"
+    frozen, result, log = output / "config.yaml", output / f"{name}.json", output / f"{name}.log"
     write_text(frozen, to_yaml(config))
     result.unlink(missing_ok=True)
+    words = ["step", case.pack, case.activations] if case.of == "step" else ["peer", case.pack]
+    command = [sys.executable, "-m", f"longalign.bench.{words[0]}", str(frozen), *words[1:], str(result)]
     with open(log, "w") as said:
-        command = [sys.executable, "-m", "longalign.bench.peer", str(frozen), pack, str(result)]
         code = subprocess.run(command, stdout=said, stderr=said).returncode
     if code or not result.is_file():
-        warn(f"{pack} trl failed with exit code {code}; see {log}")
+        warn(f"{' '.join(case)} failed with exit code {code}; see {log}")
         return {"failed": "failed"}
     return dict(read_json(result))
 
@@ -178,14 +184,15 @@ def report(config: Config, device: str, rate: float, rows: list[dict[str, Any]])
 
 def table(rows: list[dict[str, Any]], rate: float) -> Table:
     made = Table(
-        title=f"forward and backward; a matrix product runs at {rate:,.0f} TFLOP/s",
+        title=f"a matrix product runs at {rate:,.0f} TFLOP/s",
         title_justify="left",
         box=box.SIMPLE,
     )
-    for column in ("pack", "attention", "activations", "tokens/s", "TFLOP/s", "of matmul", "peak GiB", "kept"):
-        made.add_column(column, justify="left" if column in ("pack", "attention", "activations", "kept") else "right")
+    for column in ("pack", "attention", "activations", "of", "tokens/s", "TFLOP/s", "of matmul", "peak GiB", "kept"):
+        numeric = column in ("tokens/s", "TFLOP/s", "of matmul", "peak GiB")
+        made.add_column(column, justify="right" if numeric else "left")
     for row in rows:
-        names = row["pack"], row["attention"], row["activations"]
+        names = row["pack"], row["attention"], row["activations"], row["of"]
         if "failed" in row:
             made.add_row(*names, row["failed"], "", "", "", "")
         else:
