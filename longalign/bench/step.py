@@ -49,7 +49,8 @@ def main(config_file: str, pack: str, policy: str, result: str) -> None:
     labels = np.full(sum(documents), IGNORE, dtype=np.int64)
     labels[batch.target_rows.numpy() + 1] = batch.target_ids.numpy()
     split = lambda numbers: np.split(numbers, batch.cu_seqlens[1:-1].numpy())
-    dataset = Dataset(pa.table({"input_ids": split(batch.input_ids[0].numpy()), "labels": split(labels)}))
+    columns = {"input_ids": split(batch.input_ids[0].numpy()), "labels": split(labels)}
+    dataset = Dataset(pa.table(columns), fingerprint="bench")  # else all of it would be hashed
     of_step = config.bench.step_packs or 1
     packs = [Pack(list(range(len(documents))), sum(documents), len(documents), len(batch.target_ids), 1.0)] * of_step
     torch.manual_seed(config.seed)
