@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, and what is computed again.
+"""What the forward pass keeps for the backward pass, where, and what is computed again.
 
 Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m MLP width, all in elements):
 
@@ -7,10 +7,12 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     budget      + the matmuls' outputs, in as many   + 2q + 4k + 2h     no matmul is computed again in these layers
                 layers as memory holds                + 4m
     none        everything                           about 12h + 6m     nothing is
-    offload     as selective, in host memory         0                  as selective; MLPs run in tiles
+    offload     as selective, in host memory         0                  as selective; long MLPs run in tiles
 
-Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint, which
-selects what to keep by operator (torch.utils.checkpoint.create_selective_checkpoint_contexts).
+With budget, layer inputs and attention outputs stand in host memory where it holds them all, for the sake of more
+matmuls' outputs. With offload, attention outputs of the layers for which it has no room are computed again.
+
+Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longalign.model import kernels
 from longalign.model.cost import shape_of
-from longalign.model.offload import Offload, tile
+from longalign.model.keep import Kept
+from longalign.model.offload import tile
 from longalign.schema import Config
 
 Policy = Literal["full", "selective", "budget", "offload", "none"]
+Place = Literal["device", "host"]
 aten = torch.ops.aten
 MATMULS = (aten.mm.default, aten.addmm.default)
 # Operators that attention and rotary embeddings go by: ours, torch's varlen, flash-attn 2 and 3, SDPA.
@@ -59,25 +63,43 @@ class Activations:
     def __init__(self, model: Any, policy: Policy):
         self.policy = policy
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.kept = Kept()
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
-        self.offload = Offload(len(self.layers), keeps_attention) if policy == "offload" else None
+        self.inputs_on_host = policy == "offload"
+        self.attention_on_host = len(self.layers) if policy == "offload" else 0  # in so many layers, from the last
         self.memory = Memory(model) if policy == "budget" and torch.cuda.is_available() else None
+        shape, size = shape_of(model.config), model.dtype.itemsize
+        self.input_bytes = size * shape["hidden"]  # of a token and layer
+        self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
         if policy == "none":
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for number, layer in enumerate(self.layers):
             layer._gradient_checkpointing_func = partial(self._run, number, _linears(layer))
-            if self.offload:
+            if policy == "offload":
                 tile(layer.mlp)
 
     def _run(self, number: int, linears: list[torch.nn.Linear], function: Callable[..., Any], *args: Any) -> Any:
-        if self.policy == "full":
-            return checkpoint(function, *args, use_reentrant=False)
-        if self.offload:
-            return self.offload.run(number, function, *args)
-        kept = linears if number >= len(self.layers) - self.with_matmuls else []
-        contexts = partial(create_selective_checkpoint_contexts, partial(_choose, kept))
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        """function(*args), the layer of this number, whose input is args[0]."""
+        behind = len(self.layers) - number
+        attention: Place | None = "device" if self.policy in ("selective", "budget") else None
+        if behind <= self.attention_on_host:
+            attention = "host"
+        where = partial(_where, attention, linears if behind <= self.with_matmuls else [])
+        contexts = noop_context_fn if self.policy == "full" else partial(self.kept.modes, number, where)
+        if not self.inputs_on_host:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        with torch.autograd.graph.saved_tensors_hooks(partial(self._leave, number), self._return):
+            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    def _leave(self, number: int, tensor: torch.Tensor) -> torch.Tensor | int:
+        if not tensor.dtype.is_floating_point or tensor.dim() != 3:
+            return tensor
+        self.kept.host.leave((number, 0), tensor.detach())
+        return number
+
+    def _return(self, kept: torch.Tensor | int) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else self.kept.host.take((kept, 0))
 
     def slice_tokens(self) -> int | None:
         """Tokens that run without computing anything twice; None if that is not known or not worth a slice."""
@@ -86,21 +108,33 @@ class Activations:
 
     def describe(self, slices: int) -> str:
         """What the last micro-step kept, in words."""
-        if self.offload:
-            return f"in host memory, attention in {self.offload.kept_layers} of {len(self.layers)} layers"
+        of = f"of {len(self.layers)} layers"
+        if self.policy == "offload":
+            return f"in host memory: layer inputs, attention in {self.attention_on_host} {of}"
         if self.policy != "budget":
             return self.policy
         whole = self.memory is not None and self.memory.now[1]
-        kept = "everything" if whole else f"attention, matmuls in {self.with_matmuls} of {len(self.layers)} layers"
+        attention = "attention in host memory" if self.attention_on_host else "attention"
+        kept = "everything" if whole else f"{attention}, matmuls in {self.with_matmuls} {of}"
         return f"{kept}, {slices} slices" if slices > 1 else kept
 
     def before(self, tokens: int) -> None:
         """Choose for a micro-step of so many tokens."""
+        if self.policy == "offload":
+            self.attention_on_host = self._fits_host(tokens)
         if not self.memory:
             return
-        whole, self.with_matmuls = self.memory.choose(tokens)
+        whole = self.memory.fits_whole(tokens)
+        self.inputs_on_host = not whole and self._fits_host(tokens) == len(self.layers)
+        self.attention_on_host = len(self.layers) if self.inputs_on_host else 0
+        self.with_matmuls = self.memory.choose(tokens, whole, self.inputs_on_host)
         for layer in self.layers:
             layer.gradient_checkpointing = not whole
+
+    def _fits_host(self, tokens: int) -> int:
+        """The layers whose attention outputs host memory holds beside the inputs of all."""
+        room = self.kept.host.room() - tokens * len(self.layers) * self.input_bytes
+        return max(0, min(len(self.layers), int(room / (tokens * self.attention_bytes))))
 
     def after(self) -> None:
         """Learn from the micro-step that ended."""
@@ -120,7 +154,7 @@ class Memory:
         self.whole = 1.25 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m)  # bytes a token if all is kept
         self.passing = 0.0  # bytes a token beyond what is kept, while one layer is computed; 0 = not measured yet
         self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
-        self.now = (0, False, 0)  # tokens, whole, layers with matmuls of the present micro-step
+        self.now = (0, False, 0, False)  # tokens, whole, layers with matmuls, on host, of the present micro-step
 
     def room(self) -> float:
         return torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
@@ -128,27 +162,32 @@ class Memory:
     def whole_tokens(self) -> int:
         return int(self.room() / self.whole) // 256 * 256 if self.passing else 0
 
-    def choose(self, tokens: int) -> tuple[bool, int]:
-        """(keep everything, or else in so many layers the matmuls' outputs)."""
+    def fits_whole(self, tokens: int) -> bool:
         self.fixed = max(self.fixed, torch.cuda.memory_allocated())
+        return bool(self.passing) and tokens * self.whole <= self.room()
+
+    def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
+        """The layers whose matmuls' outputs memory holds; 0 until a micro-step has been measured."""
         torch.cuda.reset_peak_memory_stats()
-        whole, layers = False, 0
+        layers = 0
         if self.passing:
-            whole = tokens * self.whole <= self.room()
-            left = self.room() - tokens * (self.selective + self.passing)
+            left = self.room() - tokens * (self._kept(on_host) + self.passing)
             layers = max(0, min(self.layers, int(left / (tokens * self.matmuls))))
-        self.now = (tokens, whole, layers)
-        return whole, layers
+        self.now = (tokens, whole, layers, on_host)
+        return layers
+
+    def _kept(self, on_host: bool) -> float:
+        return 0.0 if on_host else self.selective
 
     def learn(self) -> None:
-        tokens, whole, layers = self.now
+        tokens, whole, layers, on_host = self.now
         used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
         if whole:
             self.whole = max(self.whole / 1.05, used)
         elif layers:
-            self.matmuls = (used - self.selective - self.passing) / layers
+            self.matmuls = (used - self._kept(on_host) - self.passing) / layers
         elif tokens >= LEAST_SLICE or not self.passing:  # short ones measure workspaces, not tokens
-            self.passing = max(self.passing, used - self.selective, 1.0)
+            self.passing = max(self.passing, used - self._kept(on_host), 1.0)
 
 
 def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
@@ -160,16 +199,13 @@ def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
     return [module for name, module in linears if not name.endswith(turned)]
 
 
-def keeps_attention(op: Any) -> bool:
-    return op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default
-
-
-def _choose(kept: list[torch.nn.Linear], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if keeps_attention(op):
-        return CheckpointPolicy.MUST_SAVE
-    if kept and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], kept))):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+def _where(attention: Place | None, linears: list[torch.nn.Linear], op: Any, args: Any) -> Place | None:
+    """Where the operator's outputs are kept; None: nowhere."""
+    if op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default:
+        return attention
+    if linears and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], linears))):
+        return "device"
+    return None
 
 
 def _is_of(matrix: torch.Tensor, linears: list[torch.nn.Linear]) -> bool:

@@ -80,21 +80,37 @@ def test_what_is_computed_again(model_dir: Path) -> None:
     assert calls("budget", layers)[:2] == (mm, attentions)
 
 
+def test_budget_with_inputs_and_attention_on_the_host(model_dir: Path) -> None:
+    batch, weights = batch_of(40, 3, 25)
+    truth = gradients(build(model_dir, "none")[0], batch, weights)
+    module, activations = build(model_dir, "budget")
+    activations.inputs_on_host, activations.attention_on_host = True, len(activations.layers)
+    for with_matmuls in (0, 1, len(activations.layers)):
+        activations.with_matmuls = with_matmuls
+        for name, gradient in gradients(module, batch, weights).items():
+            assert torch.equal(gradient, truth[name]), name
+        assert not activations.kept.here, "nothing stays behind"
+        assert not activations.kept.host.coming
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_offload_keeps_what_host_memory_holds(kept: int, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, weights = batch_of(40, 3, 25)
     truth = gradients(build(model_dir, "none")[0], batch, weights)
     module, activations = build(model_dir, "offload")
     layers, inputs = len(activations.layers), 68 * module.model.config.hidden_size * 4  # bytes of one layer's input
-    monkeypatch.setattr(offload, "free_host_memory", lambda: int((layers + kept + 0.1) * inputs / offload.SHARE))
+    sums = 68 * module.model.config.num_attention_heads * 4  # float32, of one layer's attention
+    room = layers * inputs + (kept + 0.1) * (inputs + sums)
+    monkeypatch.setattr(offload, "free_host_memory", lambda: int(room / offload.SHARE))
+    activations.before(68)
     with Count() as count:
         found = gradients(module, batch, weights)
-    assert activations.offload is not None
-    assert activations.offload.kept_layers == kept
-    assert activations.describe(1) == f"in host memory, attention in {kept} of {layers} layers"
+    assert activations.describe(1) == f"in host memory: layer inputs, attention in {kept} of {layers} layers"
     forwards = sum(n for name, n in count.calls.items() if name.startswith("_scaled_dot") and "back" not in name)
     assert forwards == 3 * (2 * layers - kept), "three documents"
-    assert sum(buffer.nbytes for buffer in activations.offload.host.values()) >= (layers + kept) * inputs
+    assert sum(buffer.nbytes for buffer in activations.kept.host.buffers.values()) == layers * inputs + kept * (
+        inputs + sums
+    )
     for name, gradient in found.items():
         assert torch.equal(gradient, truth[name]), name
 
@@ -103,6 +119,7 @@ def test_mlp_in_tiles(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, weights = batch_of(40, 3, 25)
     truth = gradients(build(model_dir, "none")[0], batch, weights)
     monkeypatch.setattr(offload, "TILE", 17)
+    monkeypatch.setattr(offload, "TILE_FROM", 68)
     module, _ = build(model_dir, "offload")
     widest = 0
 
