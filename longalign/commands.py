@@ -170,6 +170,12 @@ def verify(config: Config, dry_run: bool) -> int:
     return run.verify(config, dry_run)
 
 
+def plan(config: Config, dry_run: bool) -> int:
+    from longalign.forecast import run
+
+    return run.plan(config, dry_run)
+
+
 def bench(config: Config, dry_run: bool) -> int:
     from longalign.bench import run
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from longalign.errors import UserError
 from longalign.schema import Config
 
-COMMANDS = ("prepare", "tokenize", "group", "train", "stats", "eval", "chat", "verify", "bench", "convert")
+COMMANDS = ("prepare", "tokenize", "group", "train", "stats", "eval", "chat", "verify", "plan", "bench", "convert")
 FREE_TEXT = {"prompt"}  # taken to the letter: neither Hydra quotes nor interpolations are read in them
 PACKAGE = Path(__file__).parent
 

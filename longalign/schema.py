@@ -193,6 +193,13 @@ class Bench(Strict):
     peer: Literal["trl"] | None
 
 
+class Forecast(Strict):
+    gpu: Literal["auto", "H200", "H100", "A100-80GB", "B200"]
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None
+    host_gib: Annotated[float, Field(gt=0)] | None
+    probe: bool
+
+
 class Config(Strict):
     model: Model
     datanum: DataNum
@@ -241,6 +248,8 @@ class Config(Strict):
     verify: Verify
 
     bench: Bench
+
+    plan: Forecast
 
     reverse: bool
 

@@ -1,0 +1,126 @@
+"""Seconds and bytes of a pack's forward and backward pass, from the model's shape and the GPU's rates.
+
+    matrices      FLOPs / rate; with layers that compute theirs again, a third more for those layers
+    attention     FLOPs forward and backward / their rates, which fall for short documents
+    the rest      norms, rotations, activations, sums: bytes / memory bandwidth
+
+Which layers compute what again is decided as model/activations.py does, from the memory that weights, gradients and
+optimizer states leave.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longalign.forecast.gpus import Gpu
+from longalign.model.activations import LEAST_SLICE, MARGIN, Policy
+from longalign.model.cost import cost_of
+from longalign.model.offload import TILE, TILE_FROM
+
+OTHER_BYTES = 160  # moved per token, layer and hidden unit by all that is no matrix product and no attention, in bf16
+OVERHEAD = 0.02  # seconds of a pass beyond that: launches, the loss, copies
+
+
+class Bytes(NamedTuple):
+    """Of activations per token, bf16."""
+
+    inputs: float  # of all layers
+    attention: float  # outputs, of all layers
+    matmuls: float  # outputs, of one layer
+    passing: float  # while one layer is computed
+    tiled: float  # the same, if its MLP runs in tiles
+    whole: float  # if everything is kept
+
+    @staticmethod
+    def of(shape: dict[str, int]) -> Bytes:
+        h, q, kv = shape["hidden"], shape["heads"] * shape["head_dim"], 2 * shape["kv_heads"] * shape["head_dim"]
+        m, layers = shape["intermediate"], shape["layers"]
+        return Bytes(
+            inputs=layers * 2 * h,
+            attention=layers * (2 * q + 4 * shape["heads"]),
+            matmuls=1.15 * 2 * (q + kv + h + 2 * m),
+            passing=2 * (5 * m + 4 * h),
+            tiled=2 * 9 * h,
+            whole=1.2 * layers * 2 * (4 * h + 2 * q + kv + 3 * m),
+        )
+
+
+class Pass(NamedTuple):
+    """Forward and backward of one pack on one GPU."""
+
+    seconds: float
+    peak: float  # bytes, with what stands between passes
+    kept: str
+
+
+def predict(
+    documents: Any, shape: dict[str, int], gpu: Gpu, policy: Policy, fixed: float, host_room: float = np.inf
+) -> Pass | None:
+    """Of documents (lengths in tokens) in one pack; None if it does not fit.
+
+    fixed: bytes of weights, gradients and states on the GPU. host_room: bytes of host memory for activations.
+    """
+    lengths = np.asarray(documents, dtype=np.float64)
+    tokens, size, layers = float(lengths.sum()), Bytes.of(shape), shape["layers"]
+    room = gpu.memory * (1 - MARGIN) - fixed
+    limit = room / size.whole  # tokens of which everything is kept
+    if policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
+        return _in_slices(lengths, limit, shape, gpu, fixed, host_room)
+    again, attention_again = 1.0, 0.0  # shares of layers that compute matrices and attention again
+    on_host = tokens * (size.inputs + size.attention) <= host_room
+    passing = tokens * size.passing if tokens < TILE_FROM else tokens * size.tiled + TILE * size.passing
+    two_layers = 2 * tokens * (size.inputs + size.attention) / layers  # on their way from and to the host
+    selective = tokens * (size.inputs + size.attention + size.passing)
+    if policy == "none" or (policy == "budget" and tokens <= limit):
+        again, peak, kept = 0.0, tokens * size.whole, "everything"
+    elif policy == "budget":
+        base = tokens * size.passing + two_layers if on_host else selective
+        whole_layers = int(np.clip((room - base) / (tokens * size.matmuls), 0, layers))
+        again, peak = 1 - whole_layers / layers, base + whole_layers * tokens * size.matmuls
+        kept = f"attention{' in host memory' * on_host}, matmuls in {whole_layers} of {layers} layers"
+    elif policy == "selective":
+        peak, kept = selective, policy
+    elif policy == "offload":
+        attention_again = 1 - float(np.clip((host_room / tokens - size.inputs) / size.attention, 0, 1))
+        peak, kept = passing + two_layers, policy
+    else:
+        attention_again, peak, kept = 1.0, tokens * (size.inputs + size.passing), policy
+    if peak > room or (policy == "offload" and tokens * size.inputs > host_room):
+        return None
+    cost = cost_of(shape)
+    forward, backward = np.array([gpu.attention(length) for length in lengths]).T
+    attention = cost.quadratic * lengths**2 / 3
+    seconds = cost.linear * tokens * (1 + again * _again(shape) / 3) / gpu.linear
+    seconds += float((attention * (1 + attention_again) / forward + 2 * attention / backward).sum())
+    seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
+    return Pass(seconds + OVERHEAD, fixed + peak, kept)
+
+
+def _in_slices(
+    lengths: np.ndarray, limit: float, shape: dict[str, int], gpu: Gpu, fixed: float, host_room: float
+) -> Pass | None:
+    """As data/batch.cut cuts a pack."""
+    slices: list[list[float]] = [[]]
+    for length in lengths.tolist():
+        if slices[-1] and sum(slices[-1]) + length > limit:
+            slices.append([])
+        slices[-1].append(length)
+    found = [predict(piece, shape, gpu, "budget", fixed, host_room) for piece in slices]
+    done = [one for one in found if one]
+    if len(done) < len(found):
+        return None
+    kept = f"{max(done, key=lambda one: one.seconds).kept}, {len(done)} slices"
+    return Pass(sum(one.seconds for one in done), max(one.peak for one in done), kept)
+
+
+def _again(shape: dict[str, int]) -> float:
+    """The share of a layer's weights whose product is computed again: all but down_proj, whose output nobody needs."""
+    q, kv, h, m = (
+        shape["heads"] * shape["head_dim"],
+        shape["kv_heads"] * shape["head_dim"],
+        shape["hidden"],
+        shape["intermediate"],
+    )
+    return 1 - h * m / (h * (2 * q + 2 * kv) + 3 * h * m)

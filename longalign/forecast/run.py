@@ -1,0 +1,241 @@
+"""`longalign plan`: hours, tokens/s, memory and money of every strategy, from real lengths, before anything runs.
+
+    tokenised lengths -> each strategy's plan -> packs dealt to ranks as in training -> seconds of each micro-step
+
+Every micro-step lasts as long as its slowest rank, or as its exchange of weights and gradients if that is longer. With
+a GPU at hand the worst pack is run first, and what it takes corrects the rest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich import box
+from rich.table import Table
+
+from longalign.bench.run import Case, run_case
+from longalign.data.packing import deal
+from longalign.data.plan import Plan, group, identity, is_fresh, read_columns, read_data, steps_to_train
+from longalign.errors import UserError
+from longalign.files import disk_errors, write_json
+from longalign.forecast import gpus
+from longalign.forecast.predict import Pass, predict
+from longalign.model import attention
+from longalign.model.activations import Policy, resolve_policy
+from longalign.model.cost import shape_of
+from longalign.model.load import load_config
+from longalign.model.offload import SHARE
+from longalign.preflight import count_parameters, memory_needs
+from longalign.progress import Bar, console, warn
+from longalign.schema import Config
+from longalign.stats import ranks_of, strategies
+
+STEPS = 100  # of a plan that are timed, evenly spread
+CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
+
+
+def plan(config: Config, dry_run: bool) -> int:
+    """Run the command; returns its exit code. Raises UserError."""
+    gpu, ranks = find_gpu(config), ranks_of(config)
+    cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks})
+    config = config.model_copy(update={"cluster": cluster})
+    dataset, data = read_data(config.data_dir)
+    hf = load_config(config)
+    shape, parameters, lengths = shape_of(hf), count_parameters(config), lengths_of(dataset)
+    fixed, on_host = memory_needs(config, parameters)
+    host = (config.plan.host_gib or psutil.virtual_memory().total / 2**30) * 2**30
+    room = max(0.0, SHARE * (host - on_host) / min(ranks, 8))
+    policy = resolve_policy(config, "cuda")
+    chosen = strategies(config)
+    if dry_run:
+        console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(chosen)} on {ranks} x {gpu.name}")
+        return 0
+    steps: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    with Bar("plan", len(chosen), "strategies") as bar:
+        for name, strategy in chosen.items():
+            try:
+                steps[name] = steps_of(config.model_copy(update={"strategy": strategy}), data, lengths)
+            except UserError as error:
+                refused[name] = str(error)
+            bar.advance(1, note=name)
+    if not steps:
+        raise UserError(refused[config.strategy.name])
+    time_of = lambda documents: predict(documents, shape, gpu, policy, fixed, room)
+    worst = max(
+        (p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: (np.square(p).sum(), p.sum())
+    )
+    if time_of(worst) is None:
+        raise UserError(does_not_fit(config, worst, shape, gpu, parameters, room))
+    factor = probe(config, hf, worst, shape, gpu, policy, parameters, room) if config.plan.probe else None
+    step_extra = optimizer_seconds(config, parameters, gpu)
+    rows = {
+        name: forecast(found, config, ranks, time_of, exchange(config, parameters, gpu), step_extra, factor or 1.0)
+        for name, found in steps.items()
+    }
+    report = {
+        "gpu": gpu.name,
+        "gpu_measured": gpu.measured,
+        "ranks": ranks,
+        "activations": policy,
+        "fixed_gib": fixed / 2**30,
+        "worst_pack": {"tokens": int(worst.sum()), "documents": len(worst), "longest": int(worst.max())},
+        "probe": factor,
+        "strategies": rows,
+        "refused": refused,
+    }
+    output = Path(config.output_dir or "")
+    with disk_errors(output, "output_dir"):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "plan.json", report)
+    console.print(table(report))
+    for name, why in refused.items():
+        warn(f"strategy={name} left out: {why}")
+    return 0
+
+
+def find_gpu(config: Config) -> gpus.Gpu:
+    """plan.gpu, or the one that is here. Raises UserError."""
+    if config.plan.gpu != "auto":
+        return gpus.GPUS[config.plan.gpu]
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if found := gpus.find(here):
+        return found
+    what = f"this machine's {here} is not known" if here else "this machine has none"
+    raise UserError(f"plan.gpu=auto: {what}; give plan.gpu={'|'.join(gpus.GPUS)}")
+
+
+def lengths_of(dataset: Any) -> np.ndarray:
+    """Tokens by sample id."""
+    columns = read_columns(dataset)
+    lengths = np.zeros(int(columns.sample_id.max()) + 1, dtype=np.int64)
+    lengths[columns.sample_id] = columns.length
+    return lengths
+
+
+def steps_of(config: Config, data: dict[str, Any], lengths: np.ndarray) -> dict[str, Any]:
+    """The plan's steps: how many, tokens, and the documents and costs of the packs of some of them."""
+    folder = Path(config.data_dir) / "plans" / config.strategy.name
+    with tempfile.TemporaryDirectory() as scratch:
+        if not is_fresh(folder, identity(config, data)):
+            group(config, folder := Path(scratch) / "plan")
+        made = Plan(folder, data)
+        count = steps_to_train(made.n_steps, config)
+        some = np.unique(np.linspace(1, count, min(count, STEPS)).round().astype(int)).tolist()
+        packs = [made.step(number) for number in some]
+    return {
+        "steps": count,
+        "packs": [[lengths[pack.sample_ids] for pack in step] for step in packs],
+        "costs": [[pack.cost for pack in step] for step in packs],
+    }
+
+
+def forecast(
+    found: dict[str, Any], config: Config, ranks: int, time_of: Any, exchanged: float, step_extra: float, factor: float
+) -> dict[str, Any]:
+    """Figures of one strategy."""
+    seconds, busy, tokens, most = 0.0, 0.0, 0, Pass(0.0, 0.0, "")
+    for packs, costs in zip(found["packs"], found["costs"], strict=True):
+        for micro in deal(costs, ranks, config.cluster.packs_per_micro_step):
+            passes = [time_of(np.concatenate([packs[p] for p in mine])) for mine in micro if mine]
+            times = [one.seconds * factor for one in passes]
+            seconds += max(*times, exchanged)
+            busy += sum(times) / ranks
+            most = max(most, *passes, key=lambda one: one.peak)
+        seconds += step_extra
+        tokens += int(sum(pack.sum() for pack in packs))
+    hours = seconds / len(found["packs"]) * found["steps"] / 3600
+    price = config.plan.price_per_gpu_hour
+    return {
+        "steps": found["steps"],
+        "seconds_per_step": seconds / len(found["packs"]),
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_gpu": tokens / seconds / ranks,
+        "hours": hours,
+        "gpu_hours": hours * ranks,
+        "cost": hours * ranks * price if price is not None else None,
+        "idle": 1 - busy / seconds,
+        "peak_gib": most.peak / 2**30,
+        "kept": most.kept,
+    }
+
+
+def exchange(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
+    """Seconds that a micro-step exchanges: ZeRO-3 gathers bf16 weights twice, from 2 on fp32 gradients are reduced."""
+    stage = config.cluster.zero_stage
+    if int(config.cluster.processes) == 1 or stage < 2:
+        return 0.0
+    return parameters * (8 if stage == 3 else 4) / gpu.link
+
+
+def optimizer_seconds(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
+    """Seconds of a step beyond its passes: AdamW reads and writes 38 bytes a parameter, on the GPU or the host."""
+    ranks = int(config.cluster.processes)
+    if config.cluster.offload_optimizer:
+        hosts = -(-ranks // 8)
+        return parameters / hosts / CPU_ADAM + parameters / ranks * 6 / gpu.host
+    return parameters / ranks * 38 / gpu.bandwidth + (parameters * 6 / gpu.link if ranks > 1 else 0)
+
+
+def probe(
+    config: Config, hf: Any, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, policy: Policy, parameters: int, room: float
+) -> float | None:
+    """Measured over predicted seconds of the worst pack, forward and backward; None without a GPU or without room."""
+    if not torch.cuda.is_available():
+        return None
+    backend = attention.backend_of(config, hf, "cuda")[0]
+    row = run_case(config, hf, Case("worst", backend, policy), worst.tolist(), "cuda")
+    expected = predict(worst, shape, gpu, policy, 4 * parameters, room)  # weights and gradients in bf16
+    if "failed" in row or expected is None:
+        return None
+    peak = row["peak_bytes"] / 2**30
+    told = (
+        f"{row['seconds']:.2f} s and {peak:.1f} GiB, predicted {expected.seconds:.2f} s and {expected.peak / 2**30:.1f}"
+    )
+    console.print(f"worst pack, {worst.sum():,} tokens in {len(worst)} documents: {told}")
+    return float(row["seconds"] / expected.seconds)
+
+
+def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, parameters: int, room: float) -> str:
+    """What to change so that the worst pack fits, the least first."""
+    changes: list[dict[str, Any]] = [{}]
+    if int(config.cluster.processes) > 1 and config.cluster.zero_stage < 3:
+        changes.append({"cluster.zero_stage": 3})
+    if not config.cluster.offload_optimizer:
+        changes += [{**change, "cluster.offload_optimizer": True} for change in changes]
+    changes = [
+        {**change, **policy} for change in changes for policy in ({}, {"activations": "offload"}) if change or policy
+    ]
+    for change in changes:
+        inner = {key.removeprefix("cluster."): value for key, value in change.items() if key.startswith("cluster.")}
+        other = config.model_copy(update={"cluster": config.cluster.model_copy(update=inner)})
+        policy = change.get("activations", resolve_policy(config, "cuda"))
+        if predict(worst, shape, gpu, policy, memory_needs(other, parameters)[0], room):
+            words = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+            return f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}; it would with {words}"
+    return (
+        f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}, whatever is offloaded; use more GPUs "
+        f"(cluster.processes={config.cluster.processes}), or lower max_length={config.max_length}"
+    )
+
+
+def table(report: dict[str, Any]) -> Table:
+    about = "" if report["gpu_measured"] else ", rates scaled from the H200's"
+    about += f", corrected by {report['probe']:.2f} measured here" if report["probe"] else ""
+    made = Table(title=f"{report['ranks']} x {report['gpu']}{about}", title_justify="left", box=box.SIMPLE)
+    made.add_column("strategy")
+    for column in ("steps", "s/step", "tokens/s/GPU", "idle", "peak GiB", "hours", "cost"):
+        made.add_column(column, justify="right")
+    made.add_column("kept")
+    for name, row in report["strategies"].items():
+        cost = "" if row["cost"] is None else f"{row['cost']:,.0f}"
+        numbers = f"{row['seconds_per_step']:,.1f}", f"{row['tokens_per_s_per_gpu']:,.0f}", f"{row['idle']:.1%}"
+        made.add_row(
+            name, f"{row['steps']:,}", *numbers, f"{row['peak_gib']:.0f}", f"{row['hours']:,.1f}", cost, row["kept"]
+        )
+    return made

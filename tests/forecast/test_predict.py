@@ -1,0 +1,84 @@
+"""Predictions against what was measured, and what must hold whatever the numbers are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from longalign.bench.layouts import lengths
+from longalign.forecast import gpus
+from longalign.forecast.predict import predict
+from longalign.model.activations import Policy
+
+LLAMA2_7B = {
+    "layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128, "vocab": 32000
+}  # fmt: skip
+WEIGHTS_AND_GRADIENTS = 4 * 6.74e9  # bytes, bf16
+H200 = gpus.H200
+
+# tokens/s and GiB of `longalign bench` on one H200, docs/performance-log.md
+MEASURED: list[tuple[str, Policy, float, float]] = [
+    ("1x65536", "budget", 5857, 132.0),
+    ("64x1024", "budget", 14682, 132.0),
+    ("mix", "budget", 8657, 132.0),
+    ("1x65536", "selective", 5607, 66.0),
+    ("64x1024", "selective", 11991, 66.0),
+    ("1x65536", "offload", 5430, 34.0),
+]
+
+
+def of(
+    documents: list[int], policy: Policy, host: float = 0.0, gpu: gpus.Gpu = H200, fixed: float = WEIGHTS_AND_GRADIENTS
+):  # type: ignore[no-untyped-def]
+    return predict(documents, LLAMA2_7B, gpu, policy, fixed, host)
+
+
+@pytest.mark.parametrize(("pack", "policy", "tokens_per_s", "peak"), MEASURED)
+def test_within_15_percent_of_measurement(pack: str, policy: Policy, tokens_per_s: float, peak: float) -> None:
+    documents = lengths(pack, 65536, np.random.default_rng(42))
+    found = of(documents, policy, host=1e12 if policy == "offload" else 0)
+    assert found is not None
+    assert sum(documents) / found.seconds == pytest.approx(tokens_per_s, rel=0.15)
+    assert found.peak / 2**30 == pytest.approx(peak, rel=0.15)
+
+
+def test_more_kept_is_faster_and_larger() -> None:
+    order: list[Policy] = ["full", "selective", "budget"]
+    found = [of([65536], policy) for policy in order]
+    assert all(found)
+    seconds, peaks = ([getattr(one, key) for one in found] for key in ("seconds", "peak"))
+    assert seconds == sorted(seconds, reverse=True)
+    assert peaks == sorted(peaks)
+    on_host = of([65536], "budget", host=1e12)
+    assert on_host.seconds < found[-1].seconds
+
+
+def test_a_pack_costs_what_its_documents_cost() -> None:
+    """Documents do not see each other: many short ones cost less than a long one, and order does not matter."""
+    assert (
+        of([1024] * 64, "selective").seconds < of([32768] * 2, "selective").seconds < of([65536], "selective").seconds
+    )
+    one, other = of([30000, 2000, 5000], "selective"), of([5000, 30000, 2000], "selective")
+    assert one.seconds == pytest.approx(other.seconds)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    h100 = gpus.GPUS["H100"]
+    assert of([65536], "selective", gpu=h100)
+    assert of([65536], "selective", gpu=h100, fixed=60e9) is None
+    assert of([65536], "offload", gpu=h100, fixed=60e9, host=1e12)
+    assert of([65536], "offload", gpu=h100, fixed=60e9, host=1e9) is None, "not even the layer inputs fit the host"
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("Tesla T4", None),
+    ],
+)
+def test_names_of_gpus(said: str, name: str | None) -> None:
+    found = gpus.find(said)
+    assert (found.name if found else None) == name
