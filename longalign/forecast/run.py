@@ -29,7 +29,7 @@ from longalign.model import attention
 from longalign.model.activations import Policy, resolve_policy
 from longalign.model.cost import shape_of
 from longalign.model.load import load_config
-from longalign.model.offload import SHARE
+from longalign.model.offload import SHARE, free_host_memory
 from longalign.preflight import count_parameters, memory_needs
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
@@ -222,6 +222,16 @@ def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, p
         f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}, whatever is offloaded; use more GPUs "
         f"(cluster.processes={config.cluster.processes}), or lower max_length={config.max_length}"
     )
+
+
+def advice(config: Config, documents: list[int]) -> str:
+    """What to change after a GPU ran out of memory on a micro-step of these documents."""
+    gpu = gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if gpu is None:
+        return "set activations=offload, cluster.zero_stage=3 or cluster.offload_optimizer=true, or lower max_length"
+    room = SHARE * free_host_memory() / min(int(config.cluster.processes), 8)
+    parameters = count_parameters(config)
+    return does_not_fit(config, np.array(documents), shape_of(load_config(config)), gpu, parameters, room)
 
 
 def table(report: dict[str, Any]) -> Table:

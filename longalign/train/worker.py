@@ -5,6 +5,7 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the environm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from longalign.config import load_frozen
+from longalign.data.batch import Batch
 from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
+from longalign.forecast.run import advice
 from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
@@ -56,15 +60,27 @@ def train_step(
     keep: Activations = engine.activations
     slice_tokens = config.slice_tokens or keep.slice_tokens()
     for batch, weights, is_last in micro_steps(dataset, packs, config, engine.device, breakdown, slice_tokens):
-        keep.before(batch.input_ids.numel())
-        loss, share = engine(batch, weights)
-        engine.set_gradient_accumulation_boundary(is_last)
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-        keep.after()
-        engine.step()
+        with out_of_memory_told(config, batch):
+            keep.before(batch.input_ids.numel())
+            loss, share = engine(batch, weights)
+            engine.set_gradient_accumulation_boundary(is_last)
+            engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            keep.after()
+            engine.step()
         shares = shares + share
     assert isinstance(shares, torch.Tensor), "a step has packs"
     return shares
+
+
+@contextlib.contextmanager
+def out_of_memory_told(config: Config, batch: Batch) -> Iterator[None]:
+    """Raises UserError, with a setting that fits, if the GPU's memory runs out within a micro-step."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        documents = batch.cu_seqlens.diff().tolist()
+        what = f"a micro-step of {sum(documents):,} tokens in {len(documents)} documents"
+        raise UserError(f"out of GPU memory on {what}: {advice(config, documents)}") from error
 
 
 def train(config: Config) -> None:
