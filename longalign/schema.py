@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BASE_URL = "^https?://[^@]+$"  # no user:password@, which would stand in logs and results
 
 
 def _as_list(value: Any) -> Any:
@@ -32,6 +33,7 @@ class Model(Strict):
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
+    endpoint: Annotated[str, Field(pattern=BASE_URL)] | None
     dtype: Literal["auto", "float32", "bfloat16"]
     attention: Literal["auto", "varlen", "sdpa"]
     init: Literal["pretrained", "random"]
@@ -90,6 +92,17 @@ class Synthetic(Strict):
 class Price(Strict):
     input: Annotated[float, Field(ge=0)] | None
     output: Annotated[float, Field(ge=0)] | None
+
+
+class Api(Strict):
+    """How an OpenAI-compatible server is asked."""
+
+    model: str
+    api_key_env: str | None
+    extra_body: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    concurrency: PositiveInt
 
 
 class SelfInstruct(Strict):
@@ -160,6 +173,28 @@ class ShareGPT(Records):
 Conversations = Hub | Files | ShareGPT  # of others, see data/sources
 
 
+class Endpoint(Api):
+    base_url: Annotated[str, Field(pattern=BASE_URL)] | None
+
+
+class Judge(Api):
+    name: str
+    base_url: Annotated[str, Field(pattern=BASE_URL)]
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_output_tokens: PositiveInt | None
+    repeats: Annotated[int, Field(ge=1, le=100)]
+    attempts: Annotated[int, Field(ge=1, le=20)]
+    cache: str | None
+    price_per_million: Price
+
+
+class Generation(Strict):
+    context: PositiveInt | None
+    batch_tokens: PositiveInt
+    prefill_chunk_size: PositiveInt | None
+    cache: Literal["dynamic", "offloaded"]
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
@@ -171,8 +206,27 @@ class Needle(Strict):
     batch_tokens: PositiveInt
 
 
+class LongBenchChat(Strict):
+    cases: str
+    few_shots: str | None
+    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
+    limit: PositiveInt | None
+    max_new_tokens: PositiveInt
+    prompt: str | None
+
+
+class LongBench(Strict):
+    path: str
+    datasets: Annotated[list[str], Field(min_length=1)]
+    limit: PositiveInt | None
+    max_new_tokens: dict[Literal["qa", "summary"], PositiveInt]
+    prompts: str | None
+
+
 class Tasks(Strict):
     needle: Needle | None = None
+    longbench_chat: LongBenchChat | None = None
+    longbench: LongBench | None = None
 
 
 class Verify(Strict):
@@ -187,6 +241,7 @@ class Config(Strict):
     cluster: Cluster
     source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
+    judge: Judge | None
 
     seed: Annotated[int, Field(ge=0)]
     shuffle: bool
@@ -221,6 +276,9 @@ class Config(Strict):
     file: str | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
+
+    generation: Generation
+    endpoint: Endpoint
 
     verify: Verify
 
