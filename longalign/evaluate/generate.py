@@ -25,8 +25,8 @@ class Generator:
         also = self.model.generation_config.eos_token_id  # GLM-4 ends an answer with the next role's token
         self.stops = sorted({*self.template.stop_ids, *([also] if isinstance(also, int) else also or [])})
         text_config = self.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.seed, self.temperature = config.seed, config.temperature
+        self.context: int | None = config.generation.context or getattr(text_config, "max_position_embeddings", None)
+        self.seed, self.temperature, self.settings = config.seed, config.temperature, config.generation
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.template.prompt_ids(messages)
@@ -43,7 +43,10 @@ class Generator:
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[list[int]]:
-        """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked."""
+        """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked.
+
+        A prompt of n tokens is run generation.prefill_chunk_size tokens at a time. Raises UserError out of memory.
+        """
         pad, longest = self.stops[0], max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -51,15 +54,24 @@ class Generator:
         sampling: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
         if not self.temperature:  # None, lest transformers warn of what a model's own generation_config carries
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        out = self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.stops,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
+        chunk = self.settings.prefill_chunk_size
+        try:
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=pad,
+                streamer=streamer,
+                prefill_chunk_size=chunk if chunk and chunk < longest else None,
+                cache_implementation=self.settings.cache,
+                **sampling,
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {len(prompts)} prompts of {longest:,} tokens; lower generation.batch_tokens="
+                f"{self.settings.batch_tokens}, then generation.prefill_chunk_size={chunk}, then generation.cache=offloaded"
+            ) from None
         answers = []
         for row in out[:, longest:].tolist():
             end = next((place for place, token in enumerate(row) if token in self.stops), len(row))
@@ -72,12 +84,19 @@ class Generator:
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[tuple[int, str]]:
         """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        while order:
-            size = max(1, batch_tokens // len(prompts[order[0]]))
-            batch, order = order[:size], order[size:]
+        for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
             for place, ids in zip(batch, self.generate([prompts[p] for p in batch], max_new_tokens), strict=True):
                 yield place, self.decode(ids)
+
+
+def batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Places of prompts, longest first, in batches of about `batch_tokens` tokens with their padding."""
+    order, found = sorted(range(len(lengths)), key=lambda place: -lengths[place]), []
+    while order:
+        size = max(1, batch_tokens // lengths[order[0]])
+        found.append(order[:size])
+        order = order[size:]
+    return found
 
 
 class Stream(BaseStreamer):
