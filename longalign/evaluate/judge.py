@@ -41,12 +41,23 @@ def client(judge: Judge, output: Path) -> Client:
         cache=Path(judge.cache) if judge.cache else output / ".judge",
         max_tokens=judge.max_output_tokens,
         **judge.model_dump(
-            include={"base_url", "model", "api_key_env", "temperature", "extra_body", "timeout_s", "retries", "concurrency"}
+            include={
+                "base_url",
+                "model",
+                "api_key_env",
+                "temperature",
+                "extra_body",
+                "timeout_s",
+                "retries",
+                "concurrency",
+            }
         ),
     )
 
 
-async def verdicts(judge: Judge, output: Path, asked: Sequence[tuple[Question, str]], title: str) -> list[list[Verdict]]:
+async def verdicts(
+    judge: Judge, output: Path, asked: Sequence[tuple[Question, str]], title: str
+) -> list[list[Verdict]]:
     """judge.repeats verdicts on every (question, answer). Raises UserError if the judge cannot be asked at all."""
     jobs = [(question, answer, repeat) for question, answer in asked for repeat in range(judge.repeats)]
     with Bar(title, len(jobs), "verdicts") as bar:

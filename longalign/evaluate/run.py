@@ -1,10 +1,10 @@
 """The eval command: questions of every chosen task -> answers -> verdicts -> scores -> results.json, tables, pictures.
 
-    OUTPUT/.answers/TASK.jsonl   every answer as it comes (answers.py): a run that was killed goes on
-    OUTPUT/.judge/               every verdict, likewise
-    OUTPUT/TASK.jsonl            a row per question: {id, hash, about, prompt_tokens, question, reference, answer,
-                                 finish, seconds, verdicts, scores}
-    OUTPUT/results.json          what was asked of which model, and how well it did
+OUTPUT/.answers/TASK.jsonl   every answer as it comes (answers.py): a run that was killed goes on
+OUTPUT/.judge/               every verdict, likewise
+OUTPUT/TASK.jsonl            a row per question: {id, hash, about, prompt_tokens, question, reference, answer,
+                             finish, seconds, verdicts, scores}
+OUTPUT/results.json          what was asked of which model, and how well it did
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from longalign.evaluate.answers import Answers, fitted, hash_of
 from longalign.evaluate.generate import Generator
 from longalign.evaluate.models import Endpoint, Local
 from longalign.evaluate.question import Answer, Question, Verdict
-from longalign.evaluate.report import needle_heatmap, needle_table, summary_table
+from longalign.evaluate.report import needle_heatmap, needle_table
+from longalign.evaluate.table import summary_table
 from longalign.files import disk_errors, versions, write_json, write_text
-from longalign.model.load import load_config
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config, Tasks
 
@@ -50,6 +50,9 @@ def run(config: Config, dry_run: bool) -> int:
             "tasks": {},
         }
         for name in names:
+            if name == "needle":
+                results["tasks"][name] = run_needle(config, output, dry_run)
+                continue
             questions = prepare(config, model, name)
             if dry_run:
                 preview(config, model, name, questions)
@@ -59,10 +62,28 @@ def run(config: Config, dry_run: bool) -> int:
             results["tasks"][name] = {"settings": settings, **summary}
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(output / f"{name}.jsonl", text)
-            write_json(output / "results.json", results)
             console.print(summary_table(name, summary))
+        if not dry_run:
+            write_json(output / "results.json", results)
     console.print(f"-> {output}" if dry_run else f"written to {output}")
     return 0
+
+
+def run_needle(config: Config, output: Path, dry_run: bool) -> dict[str, Any]:
+    """needle, which does not follow question.py yet."""
+    task = config.task.needle
+    assert task is not None
+    if dry_run:
+        total = len(task.lengths) * len(task.depths) * task.documents * (1 + task.without_document)
+        tokens = sum(task.lengths) * len(task.depths) * task.documents
+        console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens")
+        return {}
+    summary, rows = needle.run(task, Generator(config), config.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "needle.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    needle_heatmap(summary, output / "needle.png", Path(config.model.path).name)
+    console.print(needle_table(summary))
+    return {"settings": task.model_dump(), **summary}
 
 
 def prepare(config: Config, model: Local | Endpoint, name: str) -> list[Question]:
@@ -80,7 +101,9 @@ def preview(config: Config, model: Local | Endpoint, name: str, questions: list[
     console.print(f"{name}: {told}, answers of {answers:,} tokens at most", soft_wrap=True)
     cut = sum("cut_tokens" in question.about for question in questions)
     if cut:
-        console.print(f"{name}: {cut:,} prompts are cut in the middle to the context of {model.context:,}", soft_wrap=True)
+        console.print(
+            f"{name}: {cut:,} prompts are cut in the middle to the context of {model.context:,}", soft_wrap=True
+        )
     if config.judge and any(question.judge for question in questions):
         console.print(f"{name}: {judging.preview(config.judge, questions, model.count_tokens)}", soft_wrap=True)
 
@@ -125,9 +148,7 @@ def evaluate(
     return {**task.summarise(rows), **counts, **judge}, rows
 
 
-def ask(
-    model: Local | Endpoint, name: str, questions: list[Question], hashes: list[str], output: Path
-) -> list[Answer]:
+def ask(model: Local | Endpoint, name: str, questions: list[Question], hashes: list[str], output: Path) -> list[Answer]:
     """An answer to every question, from disk where it was given before."""
     with Answers(output / ".answers" / f"{name}.jsonl") as stored:
         done = {place for place, key in enumerate(hashes) if key in stored.kept}
@@ -162,7 +183,9 @@ def verdicts(
 def tell(name: str, counts: dict[str, int], rows: list[dict[str, Any]]) -> None:
     """Say what went wrong, with the first case of each kind."""
     for row in [row for row in rows if row["answer"] is None][:1]:
-        warn(f"{name}: {counts['failed']:,} questions got no answer, e.g. {row['id']}: {row['finish']}; run again to ask anew")
+        warn(
+            f"{name}: {counts['failed']:,} questions got no answer, e.g. {row['id']}: {row['finish']}; run again to ask anew"
+        )
     unread = [row for row in rows if any(verdict["rating"] is None for verdict in row.get("verdicts", []))]
     for row in unread[:1]:
         reply = next(verdict["reply"] for verdict in row["verdicts"] if verdict["rating"] is None)

@@ -39,5 +39,7 @@ def breakdown(rows: Sequence[Row], group: Callable[[Row], Hashable], key: str = 
 
 def by_repeat(rows: Sequence[Row]) -> list[float | None]:
     """The mean score of each of a judge's repeats, from rows with scores rating_1, rating_2, ..."""
-    names = sorted({name for row in rows for name in row["scores"] if name.startswith("rating_")}, key=lambda n: int(n[7:]))
+    names = sorted(
+        {name for row in rows for name in row["scores"] if name.startswith("rating_")}, key=lambda n: int(n[7:])
+    )
     return [mean(scores(rows, name)) for name in names]

@@ -103,7 +103,9 @@ def read_cases(path: str) -> list[dict[str, Any]]:
             raise UserError(f"{where} is no object")
         for field in ("prompt", "query", "answer"):
             if not isinstance(case.get(field), str) or not case[field].strip():
-                raise UserError(f"{where} (idx {case.get('idx')}) has no text in {field!r}; it needs idx, prompt, query, answer")
+                raise UserError(
+                    f"{where} (idx {case.get('idx')}) has no text in {field!r}; it needs idx, prompt, query, answer"
+                )
         if not isinstance(case.get("idx"), int) or case["idx"] in seen:
             raise UserError(f"{where} has idx {case.get('idx')!r}; a whole number of its own is needed")
         seen.add(case["idx"])
@@ -131,7 +133,11 @@ def _read(setting: str, path: str) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}={path} cannot be read: {error}") from None
     try:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.endswith(".jsonl") else json.loads(text)
+        found = (
+            [json.loads(line) for line in text.split("\n") if line.strip()]
+            if path.endswith(".jsonl")
+            else json.loads(text)
+        )
     except ValueError as error:
         raise UserError(f"{setting}={path} is no JSON: {error}") from None
     if not isinstance(found, list) or not found:
