@@ -109,8 +109,8 @@ class Client:
     async def reply(self, messages: Messages, again: int = 0, max_tokens: int | None = None) -> dict[str, Any]:
         """The model's reply, from the cache if it was given before: text, refusal, finish_reason and tokens.
 
-        again: the same request once more, whose reply is kept apart. max_tokens: instead of the client's. Raises NoReply if it fails, or UserError if no
-        request can succeed.
+        again: the same request once more, whose reply is kept apart. max_tokens: instead of the client's own.
+        Raises NoReply if the request fails, or UserError if none can succeed.
         """
         body: dict[str, Any] = {"model": self.model, "messages": messages}
         body |= {"temperature": self.temperature} if self.temperature is not None else {}

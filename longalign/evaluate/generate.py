@@ -70,7 +70,7 @@ class Generator:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"out of memory on {len(prompts)} prompts of {longest:,} tokens; lower generation.batch_tokens="
-                f"{self.settings.batch_tokens}, then generation.prefill_chunk_size={chunk}, then generation.cache=offloaded"
+                f"{self.settings.batch_tokens} or prefill_chunk_size={chunk}, or set generation.cache=offloaded"
             ) from None
         answers = []
         for row in out[:, longest:].tolist():

@@ -36,22 +36,12 @@ def parse_rating(reply: str, allowed: range) -> int | None:
 
 
 def client(judge: Judge, output: Path) -> Client:
+    shared = {"base_url", "model", "api_key_env", "temperature", "extra_body", "timeout_s", "retries", "concurrency"}
     return Client(
         section="judge",
         cache=Path(judge.cache) if judge.cache else output / ".judge",
         max_tokens=judge.max_output_tokens,
-        **judge.model_dump(
-            include={
-                "base_url",
-                "model",
-                "api_key_env",
-                "temperature",
-                "extra_body",
-                "timeout_s",
-                "retries",
-                "concurrency",
-            }
-        ),
+        **judge.model_dump(include=shared),
     )
 
 

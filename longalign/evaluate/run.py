@@ -117,7 +117,7 @@ def evaluate(
     hashes = [hash_of(question, settings) for question in questions]
     answers = ask(model, name, questions, hashes, output)
     judged = verdicts(config, name, questions, answers, output)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, key, answer, said in zip(questions, hashes, answers, judged, strict=True):
         scores = {"score": None} if answer.text is None else task.score(question, answer.text, said)
         rows.append(
@@ -183,9 +183,8 @@ def verdicts(
 def tell(name: str, counts: dict[str, int], rows: list[dict[str, Any]]) -> None:
     """Say what went wrong, with the first case of each kind."""
     for row in [row for row in rows if row["answer"] is None][:1]:
-        warn(
-            f"{name}: {counts['failed']:,} questions got no answer, e.g. {row['id']}: {row['finish']}; run again to ask anew"
-        )
+        told = f"{counts['failed']:,} questions got no answer, e.g. {row['id']}: {row['finish']}"
+        warn(f"{name}: {told}; run again to ask them anew")
     unread = [row for row in rows if any(verdict["rating"] is None for verdict in row.get("verdicts", []))]
     for row in unread[:1]:
         reply = next(verdict["reply"] for verdict in row["verdicts"] if verdict["rating"] is None)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 def summary_table(name: str, summary: dict[str, Any]) -> Table:
     """A row per group of every breakdown (by_language, by_length, ...), and one for all."""
-    error = f" ± {summary['standard_error']:.2f}" if summary.get("standard_error") is not None else ""
-    table = Table(title=f"{name}: {_number(summary['score'])}{error}", title_justify="left", box=box.SIMPLE)
+    spread = f" ± {summary['standard_error']:.2f}" if summary.get("standard_error") is not None else ""
+    table = Table(title=f"{name}: {_number(summary['score'])}{spread}", title_justify="left", box=box.SIMPLE)
     for column in ("", "", "score", "questions", "missing"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("all", "", _number(summary["score"]), f"{summary['questions']:,}", f"{summary['missing']:,}")

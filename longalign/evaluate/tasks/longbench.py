@@ -1,7 +1,7 @@
 """LongBench's single- and multi-document questions and its summaries (LongAlign, appendix C.2).
 
-Without a judge F1 or ROUGE-L, the benchmark's own, x 100; with one ratings of 1-3 (answers) and 1-5 (summaries), and both as
-a share of the highest, x 100. Rows of the benchmark's DATASET.jsonl: input, context, answers (a list), and _id or its line.
+Without a judge F1 or ROUGE-L, the benchmark's own, x 100; with one its ratings of 1-3 (answers) and 1-5 (summaries), as
+a share of the highest, x 100. Rows of the benchmark's DATASET.jsonl: input, context, answers (a list), and _id.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def score(question: Question, answer: str, verdicts: list[Verdict] | None) -> di
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """score: the mean over datasets, as the benchmark takes it, like that of every group; the judge's where there is one."""
+    """score: the mean over datasets, as the benchmark takes it, and likewise of every group."""
     by_dataset = breakdown(rows, lambda row: row["about"]["dataset"])
     program = breakdown(rows, lambda row: row["about"]["dataset"], "program")
     for name, found in by_dataset.items():
@@ -135,7 +135,7 @@ def read_rows(file: Path, limit: int | None) -> list[tuple[int, Row]]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{PREFIX}.path: {file} cannot be read: {error}") from None
-    rows = []
+    rows: list[tuple[int, Row]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (limit and len(rows) == limit):
             continue

@@ -117,8 +117,8 @@ def read_examples(path: str, cases: list[dict[str, Any]]) -> dict[int, list[dict
     found = _read(f"{PREFIX}.few_shots", path)
     for place, examples in enumerate(found, 1):
         for example in examples if isinstance(examples, list) else [None]:
-            fine = isinstance(example, dict) and isinstance(example.get("answer"), str)
-            if not fine or not isinstance(example.get("score"), int | float):
+            fields = example if isinstance(example, dict) else {}
+            if not isinstance(fields.get("answer"), str) or not isinstance(fields.get("score"), int | float):
                 raise UserError(f"{PREFIX}.few_shots={path}: entry {place} is no list of {{answer, score}}")
     for case in cases:
         if not 1 <= case["idx"] <= len(found):
