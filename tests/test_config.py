@@ -13,6 +13,9 @@ NEEDS = {
     "hf": ["model.path=somewhere"],
     **{source: ["source.path=somewhere"] for source in ("hub", "files", "sharegpt")},
     "self_instruct": ["source.documents=somewhere", "source.model=m"],
+    **{judge: ["judge.model=m"] for judge in ("openai", "local")},
+    "longbench": ["task.longbench.path=somewhere"],
+    "longbench_chat": ["task.longbench_chat.cases=somewhere"],
 }
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
@@ -25,7 +28,9 @@ def test_every_command_composes(command: str) -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     config = compose_config("train", [f"{group}={option}", *NEEDS.get(option, [])])
-    if group not in ("experiment", "task"):
+    if (group, option) == ("judge", "none"):
+        assert config.judge is None
+    elif group not in ("experiment", "task"):
         assert getattr(config, group).name == option
 
 

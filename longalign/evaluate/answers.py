@@ -42,7 +42,8 @@ class Answers:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-                self.kept[row.pop("hash")] = Answer(**row)
+                key = row.pop("hash")
+                self.kept[key] = Answer(**row)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # of a run that was killed while it wrote: asked again
         if text and not text.endswith(b"\n"):

@@ -101,9 +101,7 @@ def preview(config: Config, model: Local | Endpoint, name: str, questions: list[
     console.print(f"{name}: {told}, answers of {answers:,} tokens at most", soft_wrap=True)
     cut = sum("cut_tokens" in question.about for question in questions)
     if cut:
-        console.print(
-            f"{name}: {cut:,} prompts are cut in the middle to the context of {model.context:,}", soft_wrap=True
-        )
+        console.print(f"{name}: {cut:,} prompts are cut in the middle to fit {model.context:,} tokens", soft_wrap=True)
     if config.judge and any(question.judge for question in questions):
         console.print(f"{name}: {judging.preview(config.judge, questions, model.count_tokens)}", soft_wrap=True)
 
