@@ -232,9 +232,10 @@ def test_killed_and_resumed(after: int, words: list[str], tmp_path: Path, monkey
         return generate(self, prompts, *rest)
 
     monkeypatch.setattr(Generator, "generate", counted)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Answers, "add", dying)
+    monkeypatch.setattr(Answers, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
         evaluate(sampled, tmp_path)
+    monkeypatch.setattr(Answers, "add", add)
     stored = tmp_path / "out" / ".answers" / "longbench_chat.jsonl"
     stored.write_bytes(stored.read_bytes() + b'{"hash": "half')  # what is half written is no answer
     assert evaluate(sampled, tmp_path) == (whole, timed(rows, stored))
