@@ -190,6 +190,14 @@ def test_every_key_has_a_default_in_yaml() -> None:
     composed = compose_config("train", []).model_dump()
     sources = [compose_config("train", [f"source={o}", *NEEDS.get(o, [])]).source for o in groups()["source"]]
     composed["source"] = {key: value for source in sources for key, value in source.model_dump().items()}
+    tasks = groups()["task"]
+    words = [
+        "judge=local",
+        f"task=[{','.join(tasks)}]",
+        *(word for o in ("local", *tasks) for word in NEEDS.get(o, [])),
+    ]
+    full = compose_config("train", words)
+    composed |= {"task": full.task.model_dump(), "judge": full.judge and full.judge.model_dump()}
     for key in KEYS:
         value: object = composed
         for part in key.split("."):

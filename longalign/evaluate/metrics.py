@@ -77,7 +77,7 @@ def _jieba() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError:
-        raise UserError("LongBench's Chinese datasets need jieba: pip install jieba, or leave them out") from None
+        raise UserError("LongBench's Chinese datasets need jieba: pip install "longalign[longbench]", or leave them out") from None
     jieba.setLogLevel("ERROR")
     cut: Any = jieba.lcut
     return cut
