@@ -77,7 +77,8 @@ def _jieba() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError:
-        raise UserError("LongBench's Chinese datasets need jieba: pip install "longalign[longbench]", or leave them out") from None
+        told = "LongBench's Chinese datasets need jieba: pip install 'longalign[longbench]', or leave them out"
+        raise UserError(told) from None
     jieba.setLogLevel("ERROR")
     cut: Any = jieba.lcut
     return cut
