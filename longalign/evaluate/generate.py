@@ -19,6 +19,8 @@ class Generator:
 
     def __init__(self, config: Config):
         self.device = resolve_device(config)
+        if config.generation.cache == "offloaded" and self.device == "cpu":
+            raise UserError("generation.cache=offloaded needs a GPU; a CPU holds keys and values in main memory anyway")
         self.template = load_template(config)
         self.tokenizer = self.template.tokenizer
         self.model = load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()

@@ -344,3 +344,5 @@ def test_models_that_cannot_be_asked(words: list[str], tmp_path: Path) -> None:
         evaluate([word for word in words if not word.startswith("template")], tmp_path)
     with pytest.raises(UserError, match=r"question 3: the prompt has .* context is 16"):
         evaluate([*words, "generation.context=16"], tmp_path)
+    with pytest.raises(UserError, match=r"generation\.cache=offloaded needs a GPU"):
+        evaluate([*words, "generation.cache=offloaded"], tmp_path)
