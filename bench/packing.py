@@ -17,10 +17,13 @@ token each: planning never reads them. Then, for each strategy, in a process of 
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder, where Python would find tokenize.py in place of its own module
+
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -50,7 +53,7 @@ def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray, tokens: i
     import pyarrow as pa
     from datasets import DatasetInfo
 
-    from longalign.data.tokenize import FEATURES, ROWS_PER_BATCH, SCHEMA
+    from longalign.data.table import FEATURES, ROWS_PER_BATCH, SCHEMA
     from longalign.files import write_json
 
     folder.mkdir()

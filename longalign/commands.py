@@ -22,6 +22,10 @@ def prepare(config: Config, dry_run: bool) -> int:
 
 
 def tokenize(config: Config, dry_run: bool) -> int:
+    from longalign.data.parallel import start_server
+
+    if not dry_run:
+        start_server()  # loads what workers need while this process does the same
     from longalign.data import tokenize as module
 
     if dry_run:
@@ -56,6 +60,7 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "samples in": "samples_in",
         "rows kept": "rows_kept",
         "rows not chosen by datanum": "rows_not_chosen",
+        "rows held out": "rows_held_out",
         "rows cut to max_length": "truncated",
         "tokens in": "tokens_in",
         "tokens cut": "tokens_cut",

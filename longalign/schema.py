@@ -15,7 +15,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value or []
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]  # one path, a list, or null
+Words = Annotated[list[str], BeforeValidator(_as_list)]  # one word, a list, or null
+Paths = Words
 
 
 class Strict(BaseModel):
@@ -166,7 +167,7 @@ class ShareGPT(Records):
     name: Literal["sharegpt"]
     path: Annotated[Paths, Field(min_length=1)]
     html: Literal["auto", "all", "none"]
-    languages: Annotated[list[str], Field(min_length=1)] | None
+    languages: Words
     max_tokens: PositiveInt | None
 
 
@@ -252,6 +253,7 @@ class Config(Strict):
     truncate: Literal["right", "middle", "drop", "error"]
     template: Literal["auto", "longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     num_proc: PositiveInt | None
+    eval_fraction: Fraction
     mix: dict[str, Mix]
 
     epochs: PositiveInt

@@ -63,16 +63,12 @@ def stats(config: Config) -> dict[str, Any]:
 
 
 def targets_lost(entry: dict[str, Any]) -> dict[str, float]:
-    """Targets that a source lost to cutting and dropping, and their share of what was to be kept.
+    """Targets that a source lost to cutting and dropping, and their share of all that it had.
 
-    Rows that datanum did not choose are no loss. Their targets were not counted apart: they are taken to have had as
-    many as the chosen ones, which a seed picked. A source without such rows is exact.
+    Rows that are held out, or that datanum did not choose, are no loss; what they lost to cutting is.
     """
-    chosen = entry["rows_kept"] / entry["rows"] if entry["rows"] else 1.0
-    wanted = entry["targets_in"] * chosen
-    touched = entry["truncated"] or entry["dropped"]
-    lost = max(round(wanted - entry["targets_kept"]), 0) if touched else 0
-    return {"targets": lost, "share": round(lost / wanted, 4) if lost else 0.0}
+    lost = entry["targets_in"] - entry["targets_kept"] - entry["targets_elsewhere"]
+    return {"targets": lost, "share": round(lost / entry["targets_in"], 4) if lost else 0.0}
 
 
 def loss_warnings(data: dict[str, Any]) -> list[str]:

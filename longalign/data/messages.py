@@ -54,6 +54,8 @@ def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIX
             hint = f"; {setting}=null leaves this source out" if setting.endswith("_file") else ""
             raise UserError(f"{setting}={pattern}: no such file{hint}")
         for file in found:
+            if file.is_dir():
+                raise UserError(f"{setting}={file} is a folder; give its files, as {setting}={file}/*.jsonl")
             if not file.name.endswith(suffixes):
                 raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(suffixes)}")
         files += found
@@ -96,7 +98,9 @@ def _array(path: Path) -> Iterator[Any]:
     """
     decoder, number, place = json.JSONDecoder(), 1, 0
     with open(path, encoding="utf-8-sig") as file:
-        text = file.read(CHUNK).lstrip()
+        text = ""
+        while not text and (more := file.read(CHUNK)):
+            text = more.lstrip()
         if not text.startswith("["):
             raise UserError(f"{path}: a .json file holds one array of samples; use .jsonl for one per line")
         sign, text = ",", text[1:]
@@ -108,7 +112,9 @@ def _array(path: Path) -> Iterator[Any]:
                     break
                 value, end = decoder.raw_decode(text, start)
                 end = GAP.match(text, end).end()  # type: ignore[union-attr]
-                sign = text[end]  # a number that seems to end with the text may go on
+                if text[end] not in ",]":  # the rest of a number, such as .5, was not read yet
+                    raise ValueError(text[end])
+                sign = text[end]
             except (ValueError, IndexError) as error:
                 more = file.read(max(CHUNK, len(text) - place)) if len(text) - place <= MAX_ITEM else ""
                 if not more:
@@ -117,7 +123,7 @@ def _array(path: Path) -> Iterator[Any]:
                 continue
             yield value
             number, place = number + 1, end + 1
-        if sign != "]" or text[place:].strip() or file.read(CHUNK).strip():
+        if text[place:].strip() or any(more.strip() for more in iter(lambda: file.read(CHUNK), "")):
             raise ValueError(f"the array does not end after item {number - 1}")
 
 

@@ -1,13 +1,16 @@
-"""Work on records by several processes, in order, with few of them in memory."""
+"""Work by several processes, in order, with few results in memory."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +20,11 @@ from longalign.schema import Config
 CHUNK_BYTES = 1 << 20  # raw bytes in one task of a worker process
 BYTES_PER_PROCESS = 16 << 20  # below this much text another process does not pay for its start
 
+Task = TypeVar("Task")
 Done = TypeVar("Done")
+
+# Workers are forked from a server that has the modules but no threads: they start at once, and safely.
+context = multiprocessing.get_context("forkserver")
 
 
 def count_processes(config: Config, files: Iterable[Path]) -> int:
@@ -25,27 +32,99 @@ def count_processes(config: Config, files: Iterable[Path]) -> int:
     return int(config.num_proc or min(os.cpu_count() or 1, 1 + size // BYTES_PER_PROCESS))
 
 
-_work: Callable[[Raw], Any] | None = None
+def start_server() -> None:
+    """Start the server that workers are forked from, if it does not run yet: with their modules loaded.
+
+    It is deaf to Ctrl-C, and so is every worker from its first moment: the command itself ends its workers.
+    """
+    context.set_forkserver_preload(["longalign.data.shards"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits, and hands on
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _start_worker(make: Callable[[Config], Callable[[Raw], Any]], config: Config) -> None:
+_work: Callable[[Any], Any] | None = None
+
+
+def _start_worker(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _work = make(config)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of several already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work = make(*arguments)
 
 
-def _do(chunk: list[Raw]) -> list[Any]:
+def _end_with_parent() -> None:
+    """A worker whose command was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do(task: Any) -> Any:
     assert _work is not None
-    done = []
-    for raw in chunk:
+    return _work(task)
+
+
+def in_order(
+    make: Callable[..., Callable[[Task], Done]],
+    arguments: tuple[Any, ...],
+    tasks: Iterable[Task],
+    processes: int,
+    name: Callable[[Task], str],
+) -> Iterator[Done]:
+    """`make(*arguments)` of every task, in order, with a bounded number of tasks in flight; made once a process.
+
+    An exception of a task is raised in its place. name: what to call the tasks of a process that died.
+    """
+    if processes == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        yield from map(make(*arguments), tasks)
+        return
+    start_server()
+    with ProcessPoolExecutor(processes, context, _start_worker, (make, arguments)) as pool:
+        waiting: deque[tuple[str, Future[Done]]] = deque()
         try:
-            done.append(_work(raw))
-        except Exception as error:
-            raise RuntimeError(f"{raw.file}:{raw.line}: {error!r}") from error
-    return done
+            for task in tasks:
+                waiting.append((name(task), pool.submit(_do, task)))
+                if len(waiting) > 2 * processes:
+                    yield waiting[0][1].result()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][1].result()
+                waiting.popleft()
+        except BrokenProcessPool as error:
+            lost = [called for called, future in waiting if not future.done() or future.exception()][:processes]
+            raise RuntimeError(
+                f"a worker process died (out of memory?) at work on {' or '.join(lost)}; try a smaller num_proc"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _chunks(records: Iterable[Raw]) -> Iterator[list[Raw]]:
+# -- record by record ---------------------------------------------------------------------------------------
+
+
+class _Each:
+    """`make(config)` of every record of a chunk; an exception names file and line."""
+
+    def __init__(self, make: Callable[[Config], Callable[[Raw], Any]], config: Config):
+        self.work = make(config)
+
+    def __call__(self, chunk: list[Raw]) -> list[Any]:
+        done = []
+        for raw in chunk:
+            try:
+                done.append(self.work(raw))
+            except Exception as error:
+                raise RuntimeError(f"{raw.file}:{raw.line}: {error!r}") from error
+        return done
+
+
+def chunks(records: Iterable[Raw]) -> Iterator[list[Raw]]:
+    """Records in runs of about CHUNK_BYTES, in the same runs whatever else is going on."""
     chunk, size = [], 0
     for raw in records:
         chunk.append(raw)
@@ -57,25 +136,14 @@ def _chunks(records: Iterable[Raw]) -> Iterator[list[Raw]]:
         yield chunk
 
 
+def place(chunk: list[Raw]) -> str:
+    """'data/raw/long.jsonl:1-27'."""
+    return f"{chunk[0].file}:{chunk[0].line}-{chunk[-1].line}"
+
+
 def each(
     make: Callable[[Config], Callable[[Raw], Done]], config: Config, records: Iterable[Raw], processes: int
 ) -> Iterator[Done]:
     """`make(config)` of every record, in order, with a bounded number of chunks in flight; made once a process."""
-    if processes == 1:
-        _start_worker(make, config)
-        for chunk in _chunks(records):
-            yield from _do(chunk)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (make, config)) as pool:
-        waiting: deque[Future[list[Done]]] = deque()
-        try:
-            for chunk in _chunks(records):
-                waiting.append(pool.submit(_do, chunk))
-                if len(waiting) > 2 * processes:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died (out of memory?); try a smaller num_proc") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for done in in_order(_Each, (make, config), chunks(records), processes, place):
+        yield from done

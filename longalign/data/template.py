@@ -15,28 +15,52 @@ assistant turns end with a token of their own.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from longalign.data.chat_template import ChatTemplate, Segment, special_tokens
 from longalign.data.messages import BadSample, Messages, merge_system
+from longalign.data.words import words_of
 from longalign.errors import UserError
 
 IGNORE = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One training sample, not padded. `labels[0]` is always -100."""
+    """One training sample of T tokens, not padded: `ids` and `targets`, int32 [T]; targets[0] is always -100.
 
-    input_ids: list[int]
-    labels: list[int]
+    `input_ids` and `labels` are the same as lists.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.ids.tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        return self.targets.tolist()
 
     @property
     def n_target(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
+        return int((self.targets != IGNORE).sum())
 
 
+class Piece(NamedTuple):
+    """A text to encode. literal: special tokens spelled in it are text; the first `skip` ids are not the piece's."""
+
+    text: str
+    literal: bool = False
+    skip: int = 0
+
+
+BATCH = 1 << 20  # characters that are encoded at a time: their encodings take a hundred times the room of the ids
 SHIELD = "\ufdd0"  # a code point that no text has; within a special token's spelling it says: only text
 
 
@@ -57,8 +81,23 @@ class Template:
         # ChatGLM's tokenizer never reads a special token from text.
         spellings = [] if tokenizer.split_special_tokens else [t for t in special_tokens(tokenizer) if len(t) > 1]
         self.special = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
-        bos = tokenizer.bos_token or ""
-        self.prefix_at_start_only = bool(bos) and self._plain(bos + "x")[1:] != self._plain("x")
+        self.ids_of_special = {t: tokenizer.convert_tokens_to_ids(t) for t in special_tokens(tokenizer)}
+        self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token or ""
+        self.always_literal = bool(tokenizer.split_special_tokens)
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.words = words_of(self.backend) if self.backend is not None else None
+        if self.backend is not None:  # a tokenizer.json may ask for either
+            self.backend.no_truncation()
+            self.backend.no_padding()
+        self.start = self._start()
+        behind, alone, line_break = self._encode([Piece(self.bos + "x"), Piece("x"), Piece("\n", literal=True)])
+        self.prefix_at_start_only = bool(self.bos) and behind[1:].tolist() != alone.tolist()
+        self.line_break = len(line_break)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which encode: that takes no transformers, whose import costs seconds and 200 MB."""
+        needed = self.jinja is not None or self.backend is None
+        return {**self.__dict__, "tokenizer": self.tokenizer if needed else None}
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -67,19 +106,38 @@ class Template:
 
         Raises BadSample if no target comes of it.
         """
-        messages = self._prepared(messages)
-        segments = self.jinja.rows(messages) if self.jinja else [self._segments(messages)]
-        rows = [row for row in (self._assemble(s, self.eos_after_answer) for s in segments) if row.n_target]
+        rows = [row for row in self.encode(self.segments(messages)) if row.n_target]
         if not rows:
             raise BadSample("no target")
         return rows
 
-    def text_row(self, text: str) -> Row:
-        """Encode a document for continued training: every token a target, EOS at the end."""
-        ids = [*self._start(), *self._ids(self._shielded(text), first=True), self.tokenizer.eos_token_id]
-        if len(ids) < 2:
-            raise BadSample("no target")
-        return Row(ids, [IGNORE, *ids[1:]])
+    def segments(self, messages: Messages) -> list[list[Segment]]:
+        """The segments of every row of a conversation. Raises BadSample."""
+        messages = self._prepared(messages)
+        return self.jinja.rows(messages) if self.jinja else [self._segments(messages)]
+
+    def text_segments(self, text: str) -> list[Segment]:
+        """A document for continued training: every token of its row will be a target."""
+        return [Segment(self._shielded(text), True)]
+
+    def encode(self, rows: list[list[Segment]], asking: bool = False) -> list[Row]:
+        """Many rows from their segments, all texts in few calls of the tokenizer.
+
+        asking: prompts, with no end; else rows for training, which may lack targets.
+        """
+        pieces = [
+            [list(self._pieces(segment, first=place == 0)) for place, segment in enumerate(segments)]
+            for segments in rows
+        ]
+        encoded = iter(self._encode([p for row in pieces for segment in row for p in segment if isinstance(p, Piece)]))
+        done = []
+        for segments, of_row in zip(rows, pieces, strict=True):
+            ids = [
+                _joined([next(encoded) if isinstance(p, Piece) else np.array([p], np.int32) for p in of_segment])
+                for of_segment in of_row
+            ]
+            done.append(self._assemble(segments, ids, asking))
+        return done
 
     # -- asking -----------------------------------------------------------------------------------
 
@@ -94,7 +152,7 @@ class Template:
             segments = [Segment(messages[-1]["content"], False)]
         else:
             segments = self._segments(messages)
-        return self._assemble(segments).input_ids
+        return self.encode([segments], asking=True)[0].input_ids
 
     @property
     def stop_ids(self) -> list[int]:
@@ -161,55 +219,85 @@ class Template:
         bos = self.tokenizer.bos_token_id
         return ids or ([] if bos is None else [bos])
 
-    def _plain(self, text: str, **kwargs: Any) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)["input_ids"] if text else []
-
-    def _ids(self, text: str, first: bool) -> list[int]:
-        """The ids of a segment; first: it begins the conversation.
+    def _pieces(self, segment: Segment, first: bool) -> Iterator[Piece | int]:
+        """What is encoded for a segment, and ids that stand for themselves; first: it begins the conversation.
 
         Llama-2's sentencepiece tokenizer adds a space at the start of a text. A later segment is no such start, so
         it is encoded behind a BOS, which is then taken off. (Its `legacy` variant and ChatGLM's add one everywhere.)
         """
-        if SHIELD in text:
-            return self._shielded_ids(text, first)
-        if first or not text or not self.prefix_at_start_only:
-            return self._plain(text)
-        return self._plain(self.tokenizer.bos_token + text)[1:]
+        text = segment.text
+        if segment.is_special:
+            yield self.ids_of_special[text]
+        elif SHIELD in text:
+            yield from self._shielded_pieces(text, first)
+        elif first or not text or not self.prefix_at_start_only:
+            yield Piece(text)
+        else:
+            yield Piece(self.bos + text, skip=1)
 
-    def _shielded_ids(self, text: str, first: bool) -> list[int]:
+    def _shielded_pieces(self, text: str, first: bool) -> Iterator[Piece | int]:
         """Special tokens that the template wrote become their ids, those that people wrote stay text."""
-        ids: list[int] = []
-        pieces = re.split(f"({self.special.pattern})", text)
-        for place, piece in enumerate(pieces):
+        for place, piece in enumerate(re.split(f"({self.special.pattern})", text)):
             said = piece.replace(SHIELD, "")
             if place % 2:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-            elif (first and not ids) or not self.prefix_at_start_only:
-                ids += self._plain(said, split_special_tokens=True)
+                yield self.ids_of_special[piece]
+            elif (first and place == 0) or not self.prefix_at_start_only:
+                yield Piece(said, literal=True)
             else:  # behind a line break, which merges with nothing: BOS itself would be read as text here
-                start = len(self._plain("\n", split_special_tokens=True))
-                ids += self._plain("\n" + said, split_special_tokens=True)[start:]
-        return ids
+                yield Piece("\n" + said, literal=True, skip=self.line_break)
 
-    def _assemble(self, segments: list[Segment], eos_after_answer: bool = False) -> Row:
-        eos = self.tokenizer.eos_token_id
-        ids = self._start()
-        labels = [IGNORE] * len(ids)
+    def _encode(self, pieces: list[Piece]) -> list[np.ndarray]:
+        """The ids of every piece, int32."""
+        done = [np.empty(0, np.int32)] * len(pieces)
+        rest: dict[bool, list[int]] = {False: [], True: []}
+        if self.backend is not None:
+            self.backend.encode_special_tokens = self.always_literal
+        for place, piece in enumerate(pieces):
+            behind_bos = len(self.bos) if piece.skip and not piece.literal else 0
+            if self.words is not None and self.words.can(piece.text, behind_bos):
+                done[place] = self.words(piece.text)[piece.skip :]
+            elif piece.text:
+                rest[piece.literal].append(place)
+        for literal, places in rest.items():
+            sizes = np.cumsum([len(pieces[place].text) for place in places], dtype=np.int64) // BATCH
+            for batch in np.split(np.array(places, np.int64), np.flatnonzero(np.diff(sizes)) + 1):
+                if len(batch):
+                    self._encode_batch(pieces, batch.tolist(), literal, done)
+        return done
+
+    def _encode_batch(self, pieces: list[Piece], batch: list[int], literal: bool, done: list[np.ndarray]) -> None:
+        texts = [pieces[place].text for place in batch]
+        literal = literal or self.always_literal
+        if self.backend is None:
+            options = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
+            ids = iter(self.tokenizer(texts, **options)["input_ids"])
+        else:  # without the detours of transformers, and without the places of tokens in the text
+            self.backend.encode_special_tokens = literal
+            ids = (one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        for place, of_piece in zip(batch, ids, strict=True):
+            done[place] = np.array(of_piece, np.int32)[pieces[place].skip :]
+
+    def _assemble(self, segments: list[Segment], ids: list[np.ndarray], asking: bool) -> Row:
+        eos = self.eos
+        parts = [np.array(self.start, np.int32)]
+        labels = [np.full(len(self.start), IGNORE, np.int32)]
+        ends = self.eos_after_answer and not asking
         end_of_answer = False  # the previous segment was an answer with tokens: EOS is due as the next label
-        for place, segment in enumerate(segments):
-            if segment.is_special:
-                piece = [self.tokenizer.convert_tokens_to_ids(segment.text)]
-            else:
-                piece = self._ids(segment.text, first=place == 0)
-            piece_labels = piece.copy() if segment.is_target else [IGNORE] * len(piece)
-            if end_of_answer and piece_labels:
-                piece_labels[0] = eos
-            ids += piece
-            labels += piece_labels
-            end_of_answer = eos_after_answer and segment.is_target and bool(piece)
-        if eos_after_answer:
-            ids.append(eos)
-            labels.append(eos if end_of_answer else IGNORE)
-        if labels:
-            labels[0] = IGNORE  # nothing comes before it that could predict it
-        return Row(ids, labels)
+        for segment, piece in zip(segments, ids, strict=True):
+            of_piece = piece.copy() if segment.is_target else np.full(len(piece), IGNORE, np.int32)
+            if end_of_answer and len(piece):
+                of_piece[0] = eos
+            parts.append(piece)
+            labels.append(of_piece)
+            end_of_answer = ends and segment.is_target and len(piece) > 0
+        if ends:
+            parts.append(np.array([eos], np.int32))
+            labels.append(np.array([eos if end_of_answer else IGNORE], np.int32))
+        row = np.concatenate(parts)
+        targets = row.copy() if self.name == "text" else np.concatenate(labels)
+        targets[:1] = IGNORE  # nothing comes before it that could predict it
+        return Row(row, targets)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.int32), *arrays])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from longalign.data.messages import BadSample
 from longalign.data.template import IGNORE, Row
 
@@ -18,28 +20,25 @@ def truncate(row: Row, max_length: int, how: Truncate) -> Row:
     normally the document of a question, so that its head, the question and the answers stay; a row whose length lies
     in many turns or in its answers has no such stretch and is cut from the right.
     """
-    excess = len(row.input_ids) - max_length
+    excess = len(row.ids) - max_length
     if excess <= 0:
         return row
     if how in ("drop", "error"):
         raise BadSample("too long")
-    start, stop = max_length, len(row.input_ids)
+    start, stop = max_length, len(row.ids)
     if how == "middle":
-        first, last = _longest_without_target(row.labels)
+        first, last = _longest_without_target(row.targets)
         if last - first >= excess + 2 * MARGIN:
             start = first + (last - first - excess) // 2
             stop = start + excess
-    cut = Row(row.input_ids[:start] + row.input_ids[stop:], row.labels[:start] + row.labels[stop:])
+    cut = Row(np.delete(row.ids, slice(start, stop)), np.delete(row.targets, slice(start, stop)))
     if not cut.n_target:
         raise BadSample("no target left after truncation")
     return cut
 
 
-def _longest_without_target(labels: list[int]) -> tuple[int, int]:
-    best, first = (0, 0), 0
-    for place, label in enumerate([*labels, 0]):
-        if label != IGNORE:
-            if place - first > best[1] - best[0]:
-                best = (first, place)
-            first = place + 1
-    return best
+def _longest_without_target(targets: np.ndarray) -> tuple[int, int]:
+    """(start, stop) of the first of the longest stretches between targets, the row's ends included."""
+    borders = np.concatenate([[-1], np.flatnonzero(targets != IGNORE), [len(targets)]])
+    widest = int(np.argmax(np.diff(borders)))
+    return int(borders[widest]) + 1, int(borders[widest + 1])

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 from longalign.data.messages import BadSample, Messages, Raw, conversation, understand
 from longalign.data.parallel import count_processes, each
-from longalign.data.sources.records import files_of, records
+from longalign.data.sources.records import files_of, is_dataset, records
 from longalign.data.sources.shape import Shape
 from longalign.data.sources.sharegpt import Pages
 from longalign.errors import UserError
@@ -88,18 +89,21 @@ def _is_empty(content: Any) -> bool:
     return content is None or (isinstance(content, str) and not content.strip())
 
 
-def outputs(config: Config, source: Conversations) -> tuple[Path, Path, Path]:
+def outputs(config: Config, source: Conversations, files: list[Path]) -> tuple[Path, Path, Path]:
     """The conversations, what was left out, the manifest. Raises UserError for a name that is missing or taken."""
-    name, files = source.output, files_of(source)
-    if name is None and len(files) > 1:
+    name, folder = source.output, Path(config.output_dir or "")
+    if name is None and is_dataset(source):
+        name = Path(str(source.path)).absolute().name
+    elif name is None and len(files) > 1:
         raise UserError(f"source.path gives {len(files)} files: name the one they become, source.output=NAME")
-    if name is None:
-        name = files[0].name.split(".")[0] if files else Path(str(source.path)).name
-    folder = Path(config.output_dir or "")
+    elif name is None:
+        name = files[0].name.split(".")[0]
     paths = folder / f"{name}.jsonl", folder / f"{name}_dropped.jsonl", folder / f"{name}.json"
     for path in paths:
         if path.resolve() in [file.resolve() for file in files]:
             raise UserError(f"source.path={path} would be overwritten by its own result; give source.output=NAME")
+        if path.exists() and not config.overwrite:
+            raise UserError(f"{path} exists already; overwrite=true replaces it, source.output=NAME writes another")
     return paths
 
 
@@ -110,16 +114,13 @@ def describe(config: Config, source: Conversations) -> list[str]:
     if isinstance(source, Hub) and not files:
         where = "folder" if Path(source.path).is_dir() else "hub"
         told = [f"read {source.path}, split {source.split}, subset {source.subset or 'default'} ({where})"]
-    return [*told, *(f"write {path}" for path in outputs(config, source))]
+    return [*told, *(f"write {path}" for path in outputs(config, source, files))]
 
 
 def convert(config: Config, source: Conversations) -> list[str]:
     """Run the source; returns what to tell. Raises UserError for missing files, files in the way, nothing usable."""
-    files, paths = files_of(source), outputs(config, source)
-    for path in paths:
-        if path.exists() and not config.overwrite:
-            raise UserError(f"{path} exists already; overwrite=true replaces it")
-    data, dropped, manifest = paths
+    files = files_of(source)
+    data, dropped, manifest = outputs(config, source, files)
     Converter(config)  # a wrong setting is told here, not by each worker
     require_disk(data, sum(file.stat().st_size for file in files), "output_dir")
     counts: dict[str, int] = {"records_in": 0, "records_kept": 0, "conversations_out": 0}
@@ -137,15 +138,25 @@ def convert(config: Config, source: Conversations) -> list[str]:
                 changes.update(one.changes)
                 bar.advance(1)
             if not counts["conversations_out"]:
-                said = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3)) or "there is no record"
-                raise UserError(f"no conversation is left: {said}; source.format, .fields and .roles say what is what")
+                raise UserError(f"no conversation is left: {_why(source, reasons)}")
+            manifest.unlink(missing_ok=True)  # an older one would not tell about the files now put in place
         write_json(
             manifest, {**_settings(config, source, files), **counts, **_ordered(dropped=reasons, changes=changes)}
         )
     told = [f"{data}: {counts['conversations_out']:,} conversations of {counts['records_in']:,} records"]
     told += [f"  {n:,} x {change}" for change, n in changes.most_common()]
     told += [f"  {n:,} dropped: {reason}" for reason, n in reasons.most_common()]
-    return [*told, f"  each one left out is named in {dropped}"] if reasons else told
+    return [*told, f"  what was left out is named in {dropped}"] if dropped.stat().st_size else told
+
+
+def _why(source: Conversations, reasons: Counter[str]) -> str:
+    """Why every record was dropped, and what the first of them looks like."""
+    said = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3)) or "there is no record"
+    for first in records(source):
+        with contextlib.suppress(BadSample):
+            said += f"; {first.file}, record 1, has {', '.join(map(repr, understand(first)))}"
+        break
+    return f"{said}; source.format, source.fields and source.roles say what is what"
 
 
 def _line(value: dict[str, Any]) -> str:

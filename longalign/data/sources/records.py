@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,36 @@ SUFFIXES = (*messages.SUFFIXES, ".csv")
 LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 128 Ki is shorter than a long document
 
 
-def files_of(source: Conversations) -> list[Path]:
-    """The files to read; none if the source is a folder or hub name, which `datasets` reads. Raises UserError."""
+def is_dataset(source: Conversations) -> bool:
+    """Whether source.path is a folder or a hub's name: one data set, whatever files it is made of."""
     if not isinstance(source, Hub):
-        return expand(source.path, "source.path", SUFFIXES)
-    is_file = Path(source.path).is_file() or any(sign in source.path for sign in "*?[")
-    return expand([source.path], "source.path", SUFFIXES) if is_file else []
+        return False
+    path = Path(source.path)
+    return path.is_dir() or not (path.is_file() or any(sign in source.path for sign in "*?["))
+
+
+def files_of(source: Conversations) -> list[Path]:
+    """The files to read; none if `datasets` reads them, from a hub or as save_to_disk wrote them. Raises UserError.
+
+    Which files of a folder make up a split, by their names or its README, is for `datasets` to say. Reading them
+    ourselves names a broken line, where `datasets` gives up the whole set.
+    """
+    if not is_dataset(source):
+        return expand([source.path] if isinstance(source, Hub) else source.path, "source.path", SUFFIXES)
+    assert isinstance(source, Hub)
+    folder = Path(source.path).absolute()  # `datasets` fails at "."
+    if source.path.startswith((".", "/")) and not folder.is_dir():
+        raise UserError(f"source.path={source.path}: no such folder")
+    if not folder.is_dir() or _is_saved(folder):
+        return []
+    import datasets
+
+    with _reported(source):
+        by_split = datasets.load_dataset_builder(str(folder), source.subset).config.data_files or {}
+    if source.split not in by_split:
+        raise UserError(f"source.split={source.split}: {source.path} has {', '.join(map(str, by_split))}")
+    files = [Path(file) for file in by_split[source.split]]
+    return files if all(file.name.endswith(SUFFIXES) for file in files) else []
 
 
 def records(source: Conversations) -> Iterator[Raw]:
@@ -37,6 +62,7 @@ def records(source: Conversations) -> Iterator[Raw]:
 def _csv_rows(path: Path) -> Iterator[Raw]:
     """The rows below the header; a quoted field may hold line ends, so rows are counted, not lines."""
     csv.field_size_limit(LONGEST_FIELD)
+    number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)  # without strict a stray quote swallows the rows that follow it
@@ -48,22 +74,34 @@ def _csv_rows(path: Path) -> Iterator[Raw]:
                 value = dict(zip(header, row, strict=True)) if fits else BadSample("row and header differ in length")
                 yield Raw(str(path), number, value)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error} (after line {rows.line_num})") from error
+        raise UserError(f"{path} cannot be read: {error} (after row {number})") from error
 
 
-def _dataset_rows(source: Hub) -> Iterator[Raw]:
-    settings = f"source.path={source.path} source.split={source.split} source.subset={source.subset or 'null'}"
+@contextlib.contextmanager
+def _reported(source: Hub) -> Iterator[None]:
+    """Hubs, networks, caches and file formats have exceptions of their own: all become one UserError."""
     try:
-        for number, row in enumerate(_dataset(source), start=1):
-            yield Raw(f"{source.path}[{source.split}]", number, row)
+        yield
     except UserError:
         raise
-    except Exception as error:  # hubs, networks, caches and file formats have exceptions of their own
+    except Exception as error:
+        settings = f"source.path={source.path} source.split={source.split} source.subset={source.subset or 'null'}"
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
         raise UserError(
             f"{settings} cannot be read: {said}; "
             "give the hub's name of a data set, or the folder or files of a local copy"
         ) from error
+
+
+def _dataset_rows(source: Hub) -> Iterator[Raw]:
+    with _reported(source):
+        for number, row in enumerate(_dataset(source), start=1):
+            yield Raw(f"{source.path}[{source.split}]", number, row)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether save_to_disk wrote it: one split, or several by name."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _dataset(source: Hub) -> Any:
@@ -73,12 +111,12 @@ def _dataset(source: Hub) -> Any:
     folder = Path(source.path)
     if not console.is_terminal:
         datasets.disable_progress_bars()
-    if source.path.startswith((".", "/")) and not folder.is_dir():
-        raise UserError(f"source.path={source.path}: no such folder")
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not _is_saved(folder):
         # What comes from a hub is kept in its cache, so it works offline next time; what is here needs no second copy.
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=folder.is_dir())
-    saved = datasets.load_from_disk(source.path)  # written by save_to_disk: one split, or several by name
+    saved = datasets.load_from_disk(source.path)
+    if source.subset:
+        raise UserError(f"source.subset={source.subset}: {source.path} was written by save_to_disk and has none")
     if isinstance(saved, datasets.Dataset):
         return saved
     if source.split not in saved:

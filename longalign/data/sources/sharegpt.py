@@ -55,7 +55,7 @@ class Pages:
     def _length(self, messages: Messages) -> int:
         """Tokens of the conversation as it will be trained on, in the longest row if the template makes several."""
         assert self.template is not None
-        return max(len(row.input_ids) for row in self.template.rows(messages))
+        return max(len(row.ids) for row in self.template.rows(messages))
 
 
 class Languages:
