@@ -28,6 +28,8 @@ class Rope(Strict):
 class Model(Strict):
     name: str
     path: str
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None
+    api_key_env: str | None
     tokenizer: str
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
