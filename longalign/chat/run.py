@@ -26,9 +26,9 @@ def chat(config: Config, dry_run: bool) -> int:
         model.answer([{"role": "user", "content": question_with(documents, config.prompt)}], _write)
         _write("\n")
         return 0
-    return _session(
-        Session(model, _write, lambda text: console.print(text, style="dim", soft_wrap=True), documents), config
-    )
+    session = Session(model, _write, lambda text: console.print(text, style="dim", soft_wrap=True))
+    session.wait_with(documents)
+    return _talk(session, config.model.path)
 
 
 def _documents(config: Config, dry_run: bool) -> tuple[str, ...]:
@@ -54,10 +54,10 @@ def _model(config: Config) -> Model:
     return LocalModel(config)
 
 
-def _session(session: Session, config: Config) -> int:
+def _talk(session: Session, name: str) -> int:
     from longalign.chat.terminal import reader
 
-    session.say(f"{config.model.path}. {HELP}")
+    session.say(f"{name}. {HELP}")
     read = reader(session.meter)
     while True:
         try:
