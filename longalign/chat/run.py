@@ -57,8 +57,8 @@ def _model(config: Config) -> Model:
 def _talk(session: Session, name: str) -> int:
     from longalign.chat.terminal import reader
 
-    session.say(f"{name}. {HELP}")
     read = reader(session.meter)
+    session.say(f"{name}. {HELP}")
     while True:
         try:
             if not session.take(read()):

@@ -1,14 +1,17 @@
-"""One answer to standard output, or a session that remembers, forgets and ends."""
+"""One answer to standard output, for pipes."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from longalign.chat import chat
+from longalign.chat.run import chat
 from longalign.config import compose_config
 from longalign.errors import UserError
+from longalign.evaluate.generate import Generator
 from tests.conftest import longalign
 from tests.data.test_documents import pdf
 
@@ -18,18 +21,31 @@ def words(model_dir: Path) -> list[str]:
     return [f"model.path={model_dir}", "template=longalign-llama", "cluster=cpu", "max_new_tokens=6"]
 
 
-def test_one_shot_writes_the_answer_alone(tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "My Docs (1).txt").write_text("the quiet river")
-    first = longalign("chat", *words, "prompt=what is, (near)?", "file=My Docs (1).txt", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.strip()
-    assert (
-        first.stdout
-        == longalign("chat", *words, "prompt=what is, (near)?", "file=My Docs (1).txt", cwd=tmp_path).stdout
-    )
-    assert first.stdout != longalign("chat", *words, "prompt=what is, (near)?", cwd=tmp_path).stdout, (
-        "the document matters"
-    )
+@pytest.fixture
+def ask(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """ask("key=value", ..., piped=b"") -> what is written to standard output."""
+
+    def run(*more: str, piped: bytes = b"") -> str:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        assert chat(compose_config("chat", [*words, *more]), False) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_document_beside_the_prompt(tmp_path: Path, words: list[str], ask: Callable[..., str]) -> None:
+    """From a pipe or a file it is the same, and the process writes the answer alone."""
+    (tmp_path / "My Docs (1).txt").write_text("the quiet river keeps ä")
+    piped = longalign("chat", *words, "prompt=what is, (near)?", cwd=tmp_path, input="the quiet river keeps ä\n")
+    assert piped.returncode == 0, piped.stderr
+    generator = Generator(compose_config("chat", words))
+    asked = [{"role": "user", "content": "the quiet river keeps ä\n\nwhat is, (near)?"}]
+    answer = generator.decode(generator.generate([generator.prompt_ids(asked)], 6)[0])
+    assert answer.strip()
+    assert piped.stdout == answer + "\n"
+    file = f"file={tmp_path}/My Docs (1).txt"
+    assert ask("prompt=what is, (near)?", file, piped=b"not read, since file= names the document") == answer + "\n"
+    assert ask("prompt=what is, (near)?") != answer + "\n", "the document matters"
 
 
 def test_documents_of_any_kind(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,22 +77,19 @@ def test_a_document_that_cannot_be_read(name: str, data: bytes | None, told: str
         chat(compose_config("chat", ["model=tiny", f"file={tmp_path}/{name}"]), dry_run=True)
 
 
-def test_session(tmp_path: Path, words: list[str]) -> None:
-    talk = lambda *lines: longalign("chat", *words, cwd=tmp_path, input="\n".join(lines) + "\n")
-    done = talk("what", "", "/clear", "what", "/exit", "never read")
-    assert done.returncode == 0
-    answers = [
-        line.removeprefix("> ").strip() for line in done.stdout.replace("> > ", "> ").split("> ") if line.strip()
-    ]
-    assert len(answers) == 2
-    assert answers[0] == answers[1], "/clear forgets: the same first question gets the same answer"
-    remembered = talk("what", "what")
-    assert remembered.returncode == 0, "the end of input ends the session"
-    assert answers[0] + "\n" + "> " + answers[0] not in remembered.stdout
+def test_a_pipe_that_is_no_text(ask: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match="standard input is not UTF-8 text; give HTML and PDF documents as file=PATH"):
+        ask("prompt=x", piped=b"%PDF-1.4 \xff\xfe")
 
 
-def test_prompt_over_the_context(tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("words_more", [["prompt=x"], []], ids=["one answer", "session"])
+def test_a_document_over_the_context(words_more: list[str], tmp_path: Path, ask: Callable[..., str]) -> None:
     (tmp_path / "long.txt").write_text("river " * 600)
-    done = longalign("chat", *words, "prompt=x", "file=long.txt", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "the model's context is 512" in done.stderr
+    with pytest.raises(UserError, match=r"tokens and max_new_tokens=6, but the model's context is 512; shorten"):
+        ask(*words_more, f"file={tmp_path}/long.txt")
+
+
+def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose_config("chat", ["model=tiny", "cluster=cpu", "max_new_tokens=8", "prompt=what is near"])
+    assert chat(config, False) == 0
+    assert capsys.readouterr().out.strip()
