@@ -90,6 +90,6 @@ def test_a_document_over_the_context(words_more: list[str], tmp_path: Path, ask:
 
 
 def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
-    config = compose_config("chat", ["model=tiny", "cluster=cpu", "max_new_tokens=8", "prompt=what is near"])
+    config = compose_config("chat", ["model=tiny", "cluster=cpu", "max_new_tokens=8", "prompt=hello"])
     assert chat(config, False) == 0
     assert capsys.readouterr().out.strip()

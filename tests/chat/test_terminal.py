@@ -23,6 +23,7 @@ from longalign.evaluate.generate import Generator
 from tests.conftest import longalign, make_model
 
 CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
+ASKED_WHERE = "\x1b[6n"  # terminals answer with the cursor's place
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 
 
@@ -30,7 +31,7 @@ class Terminal:
     def __init__(self, words: list[str], folder: Path):
         self.master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (40, 200))
-        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(folder / "state")}
+        env = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(folder / "state")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "longalign.cli", "chat", *words],
             **dict.fromkeys(("stdin", "stdout", "stderr"), slave),
@@ -52,9 +53,12 @@ class Terminal:
             assert time.monotonic() < end, f"no {wanted!r} in {self.text!r}"
             if select.select([self.master], [], [], 0.2)[0]:
                 try:
-                    self.text += CONTROL.sub("", os.read(self.master, 65536).decode(errors="replace"))
+                    shown = os.read(self.master, 65536).decode(errors="replace")
                 except OSError:  # the process has ended
-                    assert wanted in self.text, f"ended with {self.text!r}"
+                    raise AssertionError(f"ended with {self.text!r}") from None
+                if ASKED_WHERE in shown:
+                    self.press("\x1b[1;1R")
+                self.text += CONTROL.sub("", shown)
         self.text = self.text.partition(wanted)[2]
 
 
