@@ -61,6 +61,10 @@ class Terminal:
                 self.text += CONTROL.sub("", shown)
         self.text = self.text.partition(wanted)[2]
 
+    def prompt(self) -> None:
+        """Wait until the next line is asked for."""
+        self.wait(">")
+
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
@@ -78,6 +82,7 @@ def terminal(words: list[str], tmp_path: Path) -> Iterator[Terminal]:
     os.close(terminal.master)
 
 
+@pytest.mark.slow
 def test_a_session(terminal: Terminal, words: list[str], tmp_path: Path) -> None:
     generator = Generator(compose_config("chat", words))
     begins = lambda text: generator.decode(
@@ -86,37 +91,46 @@ def test_a_session(terminal: Terminal, words: list[str], tmp_path: Path) -> None
     (tmp_path / "doc.txt").write_text("amber falcon")
 
     terminal.wait("/help lists the commands")
-    terminal.wait("0 of 65,536 tokens")  # the last line of the prompt
+    terminal.wait("0 of 65,536 tokens")  # the terminal's last line, below the prompt
     terminal.press(CTRL_C)
     terminal.wait("(Ctrl-D leaves)")
+    terminal.prompt()
     terminal.press("what is\\\rthe" + ALT_ENTER + "river\r")
     terminal.wait("river")
     terminal.wait(begins("what is\nthe\nriver"))
     terminal.press(CTRL_C)
     terminal.wait("stopped; ")
     terminal.wait("of 65,536 tokens")
+    terminal.prompt()
     assert terminal.process.poll() is None
 
     terminal.press("/file nope.txt\r")
     terminal.wait("error: /file nope.txt cannot be read as text: No such file")
+    terminal.prompt()
     terminal.press("/save chat.jsonl\r")
     terminal.wait("saved to")
+    terminal.prompt()
     terminal.press("/undo\r")
     terminal.wait("a turn taken back; 0 of 65,536 tokens")
+    terminal.prompt()
     terminal.press("/file doc.txt\r")
     terminal.wait("12 characters wait for your question")
+    terminal.prompt()
     terminal.press("what\r")
     terminal.wait(begins("amber falcon\n\nwhat"))
     terminal.press(CTRL_C)
     terminal.wait("stopped; ")
+    terminal.prompt()
     terminal.press("/clear\r")
-    terminal.wait("0 of 65,536 tokens")
+    terminal.wait("0 of 65,536 tokens (0%)")
+    terminal.prompt()
     terminal.press(UP + UP)  # /clear, what
     time.sleep(0.3)
     terminal.press("\r")
     terminal.wait(begins("what"))
     terminal.press(CTRL_C)
     terminal.wait("stopped; ")
+    terminal.prompt()
     terminal.press(CTRL_D)
     assert terminal.process.wait(20) == 0
 
