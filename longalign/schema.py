@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BASE_URL = "^https?://[^@]+$"  # no user:password@, which would stand in logs and results
 
 
 def _as_list(value: Any) -> Any:
@@ -28,12 +29,11 @@ class Rope(Strict):
 class Model(Strict):
     name: str
     path: str
-    endpoint: Annotated[str, Field(pattern="^https?://")] | None
-    api_key_env: str | None
     tokenizer: str
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
+    endpoint: Annotated[str, Field(pattern=BASE_URL)] | None
     dtype: Literal["auto", "float32", "bfloat16"]
     attention: Literal["auto", "varlen", "sdpa"]
     init: Literal["pretrained", "random"]
@@ -162,6 +162,17 @@ class ShareGPT(Records):
 Conversations = Hub | Files | ShareGPT  # of others, see data/sources
 
 
+class Endpoint(Strict):
+    """How an OpenAI-compatible server is asked."""
+
+    base_url: Annotated[str, Field(pattern=BASE_URL)] | None
+    model: str
+    api_key_env: str | None
+    extra_body: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
@@ -223,6 +234,8 @@ class Config(Strict):
     file: str | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
+
+    endpoint: Endpoint
 
     verify: Verify
 

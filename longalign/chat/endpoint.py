@@ -15,26 +15,30 @@ from longalign.schema import Config
 
 
 class Endpoint:
-    """The model that the server at model.endpoint calls model.path. Raises UserError if there is no key."""
+    """The model that the server at model.endpoint calls endpoint.model. Raises UserError if there is no key."""
 
     def __init__(self, config: Config):
-        url, variable = str(config.model.endpoint), config.model.api_key_env
-        self.at = f"model.endpoint={url}, model.path={config.model.path}"
+        asked, variable = config.endpoint, config.endpoint.api_key_env
+        self.at = f"model.endpoint={asked.base_url}, endpoint.model={asked.model}"
         key = os.environ.get(variable, "").strip() if variable else "none"
         if not key:
             raise UserError(
-                f"model.api_key_env={variable}: this environment variable holds no key for {url}; export it, or "
-                "model.api_key_env=null for a server that asks for none"
+                f"endpoint.api_key_env={variable}: this environment variable holds no key for {asked.base_url}; export "
+                "it, or endpoint.api_key_env=null for a server that asks for none"
             )
-        self.api = openai.OpenAI(base_url=url, api_key=key, max_retries=1)
+        self.api = openai.OpenAI(
+            base_url=asked.base_url, api_key=key, timeout=asked.timeout_s, max_retries=asked.retries
+        )
+        extra = dict(asked.extra_body)
+        if config.model.chat_template_kwargs:  # vLLM and SGLang take them
+            extra.setdefault("chat_template_kwargs", config.model.chat_template_kwargs)
         self.request: dict[str, Any] = {
-            "model": config.model.path,
+            "model": asked.model,
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "stream_options": {"include_usage": True},
+            "extra_body": extra,
         }
-        if config.model.chat_template_kwargs:  # vLLM and SGLang take them
-            self.request["extra_body"] = {"chat_template_kwargs": config.model.chat_template_kwargs}
         self.context = self._context()
 
     def count(self, messages: Messages) -> None:

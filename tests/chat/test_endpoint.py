@@ -27,7 +27,9 @@ def api() -> Iterator[Api]:
 
 
 def endpoint(api: Api, *words: str) -> Endpoint:
-    return Endpoint(compose_config("chat", ["model=hf", "model.path=m", f"model.endpoint={api.url}", *words]))
+    return Endpoint(
+        compose_config("chat", ["model=hf", "model.path=m", f"model.endpoint={api.url}", "endpoint.retries=1", *words])
+    )
 
 
 def session(model: Endpoint) -> tuple[Session, list[str], list[str]]:
@@ -38,7 +40,9 @@ def session(model: Endpoint) -> tuple[Session, list[str], list[str]]:
 
 def test_a_session_is_streamed_with_its_history(api: Api) -> None:
     api.models = [{"id": "m", "object": "model", "created": 0, "owned_by": "x", "max_model_len": 1000}]
-    talk, pieces, told = session(endpoint(api, "temperature=0.5", "max_new_tokens=7"))
+    talk, pieces, told = session(
+        endpoint(api, "temperature=0.5", "max_new_tokens=7", "endpoint.extra_body={top_p: 0.9}")
+    )
     talk.take("hello")
     assert pieces == ["one", " two", " three", " four", "\n"], "as it comes"
     assert told[-1].startswith("read 10 tokens in ")
@@ -51,6 +55,7 @@ def test_a_session_is_streamed_with_its_history(api: Api) -> None:
         ("user", "and then?"),
     ]
     assert (sent["model"], sent["temperature"], sent["max_tokens"], sent["stream"]) == ("m", 0.5, 7, True)
+    assert sent["top_p"] == 0.9
 
 
 def test_an_answer_cut_by_the_limit_is_told(api: Api) -> None:
@@ -94,7 +99,7 @@ def test_faults_are_told_and_change_nothing(fault: object, told: str, api: Api) 
     talk.take("hello")
     before = talk.messages
     api.faults = [fault]
-    with pytest.raises(UserError, match=f"model.endpoint={api.url}, model.path=m: .*{told}"):
+    with pytest.raises(UserError, match=f"model.endpoint={api.url}, endpoint.model=m: .*{told}"):
         talk.take("again")
     assert talk.messages == before
     talk.take("again")
@@ -111,10 +116,10 @@ def test_a_server_that_is_down(api: Api) -> None:
 
 def test_the_key(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CHAT_KEY", raising=False)
-    with pytest.raises(UserError, match=r"model.api_key_env=CHAT_KEY: this environment variable holds no key"):
-        endpoint(api, "model.api_key_env=CHAT_KEY")
+    with pytest.raises(UserError, match=r"endpoint.api_key_env=CHAT_KEY: this environment variable holds no key"):
+        endpoint(api, "endpoint.api_key_env=CHAT_KEY")
     monkeypatch.setenv("CHAT_KEY", "k1")
-    endpoint(api, "model.api_key_env=CHAT_KEY").answer([{"role": "user", "content": "x"}], lambda _: None)
+    endpoint(api, "endpoint.api_key_env=CHAT_KEY").answer([{"role": "user", "content": "x"}], lambda _: None)
     assert api.keys == ["Bearer k1"]
 
 
