@@ -26,9 +26,8 @@ class Endpoint:
                 f"endpoint.api_key_env={variable}: this environment variable holds no key for {asked.base_url}; export "
                 "it, or endpoint.api_key_env=null for a server that asks for none"
             )
-        self.api = openai.OpenAI(
-            base_url=asked.base_url, api_key=key, timeout=asked.timeout_s, max_retries=asked.retries
-        )
+        retries = min(asked.retries, 2)  # someone is waiting, and can ask again
+        self.api = openai.OpenAI(base_url=asked.base_url, api_key=key, timeout=asked.timeout_s, max_retries=retries)
         extra = dict(asked.extra_body)
         if config.model.chat_template_kwargs:  # vLLM and SGLang take them
             extra.setdefault("chat_template_kwargs", config.model.chat_template_kwargs)
