@@ -89,7 +89,5 @@ def test_a_document_over_the_context(words_more: list[str], tmp_path: Path, ask:
         ask(*words_more, f"file={tmp_path}/long.txt")
 
 
-def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
-    config = compose_config("chat", ["model=tiny", "cluster=cpu", "max_new_tokens=8", "prompt=hello"])
-    assert chat(config, False) == 0
-    assert capsys.readouterr().out.strip()
+def test_the_bundled_model(ask: Callable[..., str]) -> None:
+    assert ask("model=tiny", "model.path=${bundled:tiny}", "max_new_tokens=8", "prompt=hello").strip()
