@@ -159,9 +159,9 @@ def eval(config: Config, dry_run: bool) -> int:
 
 
 def chat(config: Config, dry_run: bool) -> int:
-    from longalign import chat as module
+    from longalign.chat import run
 
-    return module.chat(config, dry_run)
+    return run.chat(config, dry_run)
 
 
 def verify(config: Config, dry_run: bool) -> int:
