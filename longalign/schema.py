@@ -200,11 +200,12 @@ class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
     documents: PositiveInt
-    haystack: str | None
+    needles: Annotated[int, Field(ge=1, le=50)]
+    haystack: Paths
     distractors: Annotated[int, Field(ge=0, le=100)]  # there are some 270 test facts
     without_document: bool
     max_new_tokens: PositiveInt
-    batch_tokens: PositiveInt
+    judge: bool
 
 
 class LongBenchChat(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,14 +32,6 @@ class Generator:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.template.prompt_ids(messages)
-
-    def check_fits(self, prompt: list[int], max_new_tokens: int) -> None:
-        """Raises UserError if prompt and answer exceed the model's context."""
-        if self.context is not None and len(prompt) + max_new_tokens > self.context:
-            raise UserError(
-                f"the prompt has {len(prompt):,} tokens and max_new_tokens={max_new_tokens}, but the model's context "
-                f"is {self.context:,}; shorten the document or set model.rope.theta and max_position_embeddings"
-            )
 
     @torch.inference_mode()
     def generate(
@@ -83,12 +75,6 @@ class Generator:
     def decode(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.lstrip() if self.template.name == "chatglm3" else text  # its answers begin with an empty line
-
-    def answers(self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[tuple[int, str]]:
-        """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""
-        for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
-            for place, ids in zip(batch, self.generate([prompts[p] for p in batch], max_new_tokens), strict=True):
-                yield place, self.decode(ids)
 
 
 def batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

@@ -17,12 +17,10 @@ from typing import Any
 
 from longalign.errors import UserError
 from longalign.evaluate import judge as judging
-from longalign.evaluate import needle
 from longalign.evaluate.answers import Answers, fitted, hash_of
-from longalign.evaluate.generate import Generator
 from longalign.evaluate.models import Endpoint, Local
 from longalign.evaluate.question import Answer, Question, Verdict
-from longalign.evaluate.report import needle_heatmap, needle_table
+from longalign.evaluate.report import heatmap
 from longalign.evaluate.table import summary_table
 from longalign.files import disk_errors, versions, write_json, write_text
 from longalign.progress import Bar, console, warn
@@ -50,9 +48,6 @@ def run(config: Config, dry_run: bool) -> int:
             "tasks": {},
         }
         for name in names:
-            if name == "needle":
-                results["tasks"][name] = run_needle(config, output, dry_run)
-                continue
             questions = prepare(config, model, name)
             if dry_run:
                 preview(config, model, name, questions)
@@ -62,28 +57,13 @@ def run(config: Config, dry_run: bool) -> int:
             results["tasks"][name] = {"settings": settings, **summary}
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(output / f"{name}.jsonl", text)
+            if summary.get("grid"):
+                heatmap(summary, output / f"{name}.png", f"{name}, {Path(config.model.path).name}")
             console.print(summary_table(name, summary))
         if not dry_run:
             write_json(output / "results.json", results)
     console.print(f"-> {output}" if dry_run else f"written to {output}")
     return 0
-
-
-def run_needle(config: Config, output: Path, dry_run: bool) -> dict[str, Any]:
-    """needle, which does not follow question.py yet."""
-    task = config.task.needle
-    assert task is not None
-    if dry_run:
-        total = len(task.lengths) * len(task.depths) * task.documents * (1 + task.without_document)
-        tokens = sum(task.lengths) * len(task.depths) * task.documents
-        console.print(f"needle: {total:,} questions, {tokens:,} prompt tokens")
-        return {}
-    summary, rows = needle.run(task, Generator(config), config.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "needle.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    needle_heatmap(summary, output / "needle.png", Path(config.model.path).name)
-    console.print(needle_table(summary))
-    return {"settings": task.model_dump(), **summary}
 
 
 def prepare(config: Config, model: Local | Endpoint, name: str) -> list[Question]:

@@ -43,3 +43,14 @@ def by_repeat(rows: Sequence[Row]) -> list[float | None]:
         {name for row in rows for name in row["scores"] if name.startswith("rating_")}, key=lambda n: int(n[7:])
     )
     return [mean(scores(rows, name)) for name in names]
+
+
+def grid(rows: Sequence[Row], across: str, down: str) -> dict[str, dict[str, float | None]]:
+    """{across: {down: mean score}}; None where every score is missing."""
+    cells: dict[Any, dict[Any, list[Row]]] = {}
+    for row in rows:
+        cells.setdefault(row["about"][across], {}).setdefault(row["about"][down], []).append(row)
+    return {
+        str(x): {str(y): mean(scores(found)) for y, found in sorted(column.items())}
+        for x, column in sorted(cells.items())
+    }
