@@ -4,7 +4,12 @@ A task is a module in longalign/evaluate/tasks with three functions:
 
     questions(settings, seed, count_tokens) -> list[Question]      the same for the same seed; raises UserError
     score(question, answer, verdicts) -> {"score": ..., ...}       None = missing, which is never a zero
-    summarise(rows) -> {"score": mean, ...}                        of the rows that answers.py describes
+    summarise(rows) -> {"score": mean, ...}                        of the rows that run.py describes
+
+A summary has `best`, the highest possible score, and may have breakdowns: by_X, over the groups of `about[X]`
+({group: {"score": mean, "questions": n, "missing": n}}; a row whose X is None counts in none, nor in the score), and
+a `grid` {across: {down: mean or None}} with `grid_axes`. Where the score is the mean over the means of groups of
+`about[X]`, `mean_over` is X. Reports, intervals and comparisons are made of these.
 
 The core asks, stores, judges and writes; it knows nothing of a single task.
 """

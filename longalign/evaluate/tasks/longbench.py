@@ -17,7 +17,7 @@ from longalign.errors import UserError
 from longalign.evaluate.metrics import f1, rouge_l
 from longalign.evaluate.prompts import fill, load_prompt
 from longalign.evaluate.question import CountTokens, Question, Verdict
-from longalign.evaluate.statistics import Row, breakdown, by_repeat, mean, scores, standard_error
+from longalign.evaluate.statistics import Row, breakdown, by_repeat, error_of, mean, mean_of, standard_error, strata
 from longalign.schema import LongBench
 
 PREFIX = "task.longbench"
@@ -105,24 +105,24 @@ def score(question: Question, answer: str, verdicts: list[Verdict] | None) -> di
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """score: the mean over datasets, as the benchmark takes it, and likewise of every group."""
+    """score: the mean over datasets, as the benchmark takes it, and likewise of every group and language."""
     by_dataset = breakdown(rows, lambda row: row["about"]["dataset"])
     program = breakdown(rows, lambda row: row["about"]["dataset"], "program")
     for name, found in by_dataset.items():
         found["program"] = program[name]["score"]
-    over = lambda names: mean([by_dataset[n]["score"] for n in names if by_dataset[n]["score"] is not None])
+    by = lambda key: breakdown(rows, lambda row: row["about"][key], over="dataset")
     repeats = by_repeat(rows)
-    groups = dict.fromkeys(DATASETS[name].group for name in DATASETS if name in by_dataset)
+    error = error_of(strata(rows, "dataset"))
     return {
-        "score": over(by_dataset),
-        "standard_error": standard_error(scores(rows)),
+        "score": mean_of(strata(rows, "dataset")),
+        "standard_error": error and round(error[0], 4),
+        "best": 100,
+        "mean_over": "dataset",
         "by_repeat": repeats,
         "standard_error_judge": standard_error([value for value in repeats if value is not None]),
-        "by_group": {
-            group: {"score": over([name for name in by_dataset if DATASETS[name].group == group])} for group in groups
-        },
+        "by_group": by("group"),
         "by_dataset": by_dataset,
-        "by_language": breakdown(rows, lambda row: row["about"]["language"]),
+        "by_language": by("language"),
     }
 
 

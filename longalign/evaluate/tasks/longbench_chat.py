@@ -41,13 +41,19 @@ def questions(settings: LongBenchChat, seed: int, count_tokens: CountTokens) -> 
             id=str(case["idx"]),
             messages=[{"role": "user", "content": case["prompt"]}],
             reference=case["answer"],
-            about={"language": language_of(case), "tokens": count_tokens(case["prompt"]), "query": case["query"]},
+            about=about(case, count_tokens(case["prompt"])),
             max_new_tokens=settings.max_new_tokens,
             judge=Rated(prompt, example, case, examples.get(case["idx"], []), seed),
             cut_middle=True,
         )
         for case in asked
     ]
+
+
+def about(case: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """length: the lower end of its range, in tokens."""
+    length = max(n for n in LENGTHS if n <= tokens)
+    return {"language": language_of(case), "length": length, "tokens": tokens, "query": case["query"]}
 
 
 class Rated:
@@ -84,10 +90,11 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     return {
         "score": mean(scores(rows)),
         "standard_error": standard_error(scores(rows)),
+        "best": 10,
         "by_repeat": repeats,
         "standard_error_judge": standard_error([value for value in repeats if value is not None]),
         "by_language": breakdown(rows, lambda row: row["about"]["language"]),
-        "by_length": breakdown(rows, lambda row: max(n for n in LENGTHS if n <= row["about"]["tokens"])),
+        "by_length": breakdown(rows, lambda row: row["about"]["length"]),
     }
 
 
