@@ -5,6 +5,7 @@ OUTPUT/.judge/               every verdict, likewise
 OUTPUT/TASK.jsonl            a row per question: {id, hash, about, prompt_tokens, question, reference, answer,
                              finish, seconds, verdicts, scores}
 OUTPUT/results.json          what was asked of which model, and how well it did
+OUTPUT/report.html, TASK.png the same to look at
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from longalign.evaluate import judge as judging
 from longalign.evaluate.answers import Answers, fitted, hash_of
 from longalign.evaluate.models import Endpoint, Local
 from longalign.evaluate.question import Answer, Question, Verdict
-from longalign.evaluate.report import heatmap
+from longalign.evaluate.report import write_report
 from longalign.evaluate.table import summary_table
 from longalign.files import disk_errors, versions, write_json, write_text
 from longalign.progress import Bar, console, warn
@@ -57,11 +58,10 @@ def run(config: Config, dry_run: bool) -> int:
             results["tasks"][name] = {"settings": settings, **summary}
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(output / f"{name}.jsonl", text)
-            if summary.get("grid"):
-                heatmap(summary, output / f"{name}.png", f"{name}, {Path(config.model.path).name}")
             console.print(summary_table(name, summary))
         if not dry_run:
             write_json(output / "results.json", results)
+            console.print(f"report: {write_report(output)}")
     console.print(f"-> {output}" if dry_run else f"written to {output}")
     return 0
 
