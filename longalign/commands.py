@@ -153,6 +153,10 @@ def strategies_table(report: dict[str, Any]) -> Table:
 
 
 def eval(config: Config, dry_run: bool) -> int:
+    if config.compare:
+        from longalign.evaluate import compare
+
+        return compare.run(config, dry_run)
     from longalign.evaluate import run
 
     return run.run(config, dry_run)

@@ -282,6 +282,7 @@ class Config(Strict):
 
     generation: Generation
     endpoint: Endpoint
+    compare: Paths
 
     verify: Verify
 

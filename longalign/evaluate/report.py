@@ -193,7 +193,8 @@ def pretty(value: Any) -> str:
 
 def sample(rows: list[Row]) -> list[Row]:
     """Missing and lowest scores first; of more than SHOWN rows as many, evenly picked."""
-    natural = lambda name: [(part.isdecimal(), part.zfill(20)) for part in re.split(r"(\d+)", str(name))]
+    parts = lambda name: enumerate(re.split(r"(\d+(?:\.\d+)?)", str(name)))
+    natural = lambda name: [float(part) if n % 2 else part for n, part in parts(name)]  # 2 before 10
     value = lambda row: row["scores"].get("score")
     ranked = sorted(rows, key=lambda row: (value(row) is not None, value(row) or 0, natural(row["id"])))
     if len(ranked) <= SHOWN:
