@@ -16,7 +16,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 46  # margins
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # also in grey and colour-blind
 
 
-def curves(title: str, axis: str, measure: str, names: list[str], series: dict[str, list[Point]], best: float) -> Markup:
+def curves(
+    title: str, axis: str, measure: str, names: list[str], series: dict[str, list[Point]], best: float
+) -> Markup:
     """A line per run over the groups `names`, evenly spaced, with 95% intervals; a gap where a score is missing.
 
     best: the upper end of the axis of scores, whose lower end is 0. Colours and dashes are classes s0 to s5 of the
@@ -53,7 +55,9 @@ def curves(title: str, axis: str, measure: str, names: list[str], series: dict[s
                 marks.append(f'<path class="interval" d="M{at:.1f} {low:.1f}V{high:.1f}"/>')
                 told += f" ± {point[1]:.2g}"
             marks.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="3.5"><title>{escape(told)}</title></circle>')
-        parts.append(Markup('<g class="s{}"><path class="line" d="{}"/>{}</g>').format(order % 6, line, Markup("".join(marks))))
+        parts.append(
+            Markup('<g class="s{}"><path class="line" d="{}"/>{}</g>').format(order % 6, line, Markup("".join(marks)))
+        )
     return Markup("").join([*parts, Markup("</svg>")])
 
 

@@ -80,7 +80,7 @@ def compare(runs: dict[str, Run]) -> Found:
         raise UserError(f"compare: no task is in two of the runs ({told})")
     return {
         "runs": [{"name": n, "folder": str(r.folder), "model": r.results.get("model")} for n, r in runs.items()],
-        "warnings": [text for name in tasks for text in warnings(name, runs)],
+        "warnings": [*differ("", settings(runs, [])), *(text for name in tasks for text in warnings(name, runs))],
         "settings": settings(runs, common),
         "tasks": {name: compare_task(name, runs) for name in common},
     }
@@ -104,14 +104,15 @@ def compare_task(name: str, runs: dict[str, Run]) -> Found:
                 "group": key[1],
                 "runs": {run: scored(group, summaries[run]) for run, group in of.items()},
                 "differences": {
-                    run: difference(of[first], of[run], summaries[first])
-                    for run in others
-                    if first in of and run in of
+                    run: difference(of[first], of[run], summaries[first]) for run in others if first in of and run in of
                 },
             }
         )
     summary = next(iter(summaries.values()))
-    return {"measure": measure_of(summary), "best": summary.get("best"), "decimals": digits(summary), "rows": rows}
+    measure = measure_of(summary)
+    better = "lower" if measure == "loss" else "higher"
+    shown = {"measure": measure, "better": better, "best": summary.get("best"), "decimals": digits(summary)}
+    return {**shown, "rows": rows}
 
 
 def ordered(keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -182,14 +183,16 @@ def warnings(name: str, runs: dict[str, Run]) -> list[str]:
             sizes = f"{first} has {len(asked[first]):,}, {run} {len(asked[run]):,}"
             both = len(asked[run] & asked[first])
             told.append(f"{name}: the questions differ: {sizes}, {both:,} in common; only these tell the difference")
-    differing = [key for key, _ in settings(having, [name])]
-    if differing:
-        told.append(f"{name}: settings differ: {', '.join(differing)}")
+    told += differ(f"{name}: ", [one for one in settings(having, [name]) if one[0].startswith(f"task.{name}.")])
     judges = {run: summary.get("judge") for run, summary in summaries.items()}
     if len({pretty(judge) for judge in judges.values()}) > 1:
         by = ", ".join(f"{run}: {judge['model'] if judge else 'none'}" for run, judge in judges.items())
         told.append(f"{name}: the judges differ, or what they were told ({by}); such scores are not on one scale")
     return told
+
+
+def differ(where: str, found: list[tuple[str, list[Any]]]) -> list[str]:
+    return [f"{where}settings differ: {', '.join(key for key, _ in found)}"] if found else []
 
 
 def settings(runs: dict[str, Run], tasks: list[str]) -> list[tuple[str, list[Any]]]:

@@ -126,13 +126,13 @@ def point(group: Group, summary: dict[str, Any]) -> Point:
 
 def warnings(summary: dict[str, Any]) -> list[str]:
     told = {
-        "missing": "scores are missing: left out of every mean, not counted as 0",
-        "failed": "questions got no answer; run again to ask them anew",
-        "empty": "answers are empty",
-        "cut_at_limit": "answers reached max_new_tokens",
-        "prompts_cut": "prompts were cut in the middle to fit the context",
+        "missing": "scores missing, which are left out of every mean and count as no 0",
+        "failed": "questions without an answer; run again to ask them anew",
+        "empty": "empty answers",
+        "cut_at_limit": "answers that reached max_new_tokens",
+        "prompts_cut": "prompts cut in the middle to fit the context",
     }
-    return [f"{summary[key]:,} {text}" for key, text in told.items() if summary.get(key)]
+    return [f"{text}: {summary[key]:,}" for key, text in told.items() if summary.get(key)]
 
 
 def numbers(summary: dict[str, Any], measure: str) -> list[tuple[str, str]]:
@@ -154,7 +154,10 @@ def breakdown_view(by: str, summary: dict[str, Any], parts: list[Group]) -> dict
     rows = [
         {
             "name": label(group.name, by),
-            "cells": [scored(group, summary), *(number(group.found[key]) if key in group.found else "" for key in more)],
+            "cells": [
+                scored(group, summary),
+                *(number(group.found[key]) if key in group.found else "" for key in more),
+            ],
             "share": round(100 * value[0] / best) if value and best else None,
         }
         for group, value in zip(found, points, strict=True)
@@ -170,10 +173,11 @@ def breakdown_view(by: str, summary: dict[str, Any], parts: list[Group]) -> dict
 def curve(by: str, summary: dict[str, Any], names: list[str], series: dict[str, list[Point]]) -> Markup | None:
     """None for groups that are no numbers, or fewer than two."""
     top = max((p[0] + (p[1] or 0) for points in series.values() for p in points if p), default=0)
-    if len(names) < 2 or not all(map(is_number, names)) or not top and not summary.get("best"):
+    if len(names) < 2 or not all(map(is_number, names)) or not (top or summary.get("best")):
         return None
     axis = next(
-        (axis for axis, keys in zip(summary.get("grid_axes", ()), grid_keys(summary), strict=False) if keys == names), by
+        (axis for axis, keys in zip(summary.get("grid_axes", ()), grid_keys(summary), strict=False) if keys == names),
+        by,
     )
     title = f"{measure_of(summary)} by {by}, with 95% intervals; the table has the same numbers"
     return curves(title, axis, measure_of(summary), names, series, summary.get("best") or 1.1 * top)

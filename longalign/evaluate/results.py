@@ -29,7 +29,7 @@ class Group:
 
 
 def read_run(folder: Path, setting: str = "output_dir") -> Run:
-    """A folder with results.json, or a run's with eval/results.json. Raises UserError naming `setting` and the fault."""
+    """A folder with results.json, or a run's with eval/results.json. Raises UserError naming `setting`."""
     places = (folder, folder / "eval")
     place = next((place for place in places if (place / "results.json").is_file()), None)
     if place is None:
@@ -65,7 +65,7 @@ def _json(where: Path | str, text: bytes, setting: str) -> dict[str, Any]:
 
 
 def measure_of(summary: dict[str, Any]) -> str:
-    """"score", or "loss" (lower is better) where there is none."""
+    """ "score", or "loss" (lower is better) where there is none."""
     return "loss" if "loss" in summary and "score" not in summary else "score"
 
 

@@ -16,9 +16,7 @@ def summary_table(name: str, summary: dict[str, Any]) -> RenderableType:
     measure, decimals = measure_of(summary), digits(summary)
     show = lambda value: number(None if value is None else float(value), decimals)
     spread = f" ± {show(summary['standard_error'])}" if summary.get("standard_error") is not None else ""
-    table = Table(
-        title=f"{name}: {measure} {show(summary.get(measure))}{spread}", title_justify="left", box=box.SIMPLE
-    )
+    table = Table(title=f"{name}: {measure} {show(summary.get(measure))}{spread}", title_justify="left", box=box.SIMPLE)
     for column in ("", "", measure, "questions", "missing"):
         table.add_column(column, justify="left" if not column else "right")
     counts = lambda found: [f"{found[count]:,}" if count in found else "" for count in ("questions", "missing")]
