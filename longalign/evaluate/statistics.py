@@ -85,7 +85,8 @@ def t95(freedom: float) -> float:
     if freedom < 10:  # tabled; rounded down, to the wider side
         return T95[max(int(freedom), 1) - 1]
     z, v = 1.959964, freedom
-    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / v**n for n, term in enumerate(terms, 1))
 
 
 def by_repeat(rows: Sequence[Row]) -> list[float | None]:

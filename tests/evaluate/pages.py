@@ -61,7 +61,13 @@ class Page(HTMLParser):
 
 
 def row(id: str, score: float | None, about: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    shown = {"prompt_tokens": 9, "question": f"What is {id}?", "reference": f"It is {id}.", "answer": "So.", "finish": "stop"}
+    shown = {
+        "prompt_tokens": 9,
+        "question": f"What is {id}?",
+        "reference": f"It is {id}.",
+        "answer": "So.",
+        "finish": "stop",
+    }
     return {"id": id, "hash": "h", "about": about or {}, **shown, "seconds": 0.1, "scores": {"score": score}, **more}
 
 

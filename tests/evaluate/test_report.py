@@ -17,7 +17,9 @@ from longalign.evaluate.table import summary_table
 from longalign.progress import console
 from tests.evaluate.pages import Page, row, write_run
 
-NASTY = "</pre><script>alert('x')</script> <img src=http://evil.example/x.png> & \"quoted\" 'single' {{ 7*7 }} {% raw %}"
+NASTY = (
+    "</pre><script>alert('x')</script> <img src=http://evil.example/x.png> & \"quoted\" 'single' {{ 7*7 }} {% raw %}"
+)
 
 
 def grid_task(rows: list[Row], **more: Any) -> tuple[dict[str, Any], list[Row]]:
@@ -71,7 +73,14 @@ def test_curve_has_a_gap_where_a_score_is_missing(tmp_path: Path) -> None:
 
 def test_all_missing_and_no_rows(tmp_path: Path) -> None:
     nothing = grid_task([row("a", None, {"length": 1, "depth": 0}), row("b", None, {"length": 2, "depth": 0})])
-    loss = {"loss": 1.25, "perplexity": 3.49, "by_length": {"0": {"loss": 1.5, "tokens": 12000, "samples": 4}, "4096": {"loss": 1.0, "tokens": 9, "samples": 1}}}
+    loss = {
+        "loss": 1.25,
+        "perplexity": 3.49,
+        "by_length": {
+            "0": {"loss": 1.5, "tokens": 12000, "samples": 4},
+            "4096": {"loss": 1.0, "tokens": 9, "samples": 1},
+        },
+    }
     page = report(tmp_path, {"hunt": nothing, "heldout": (loss, [])})
     assert page.row("hunt") == [["missing", "1", "2", "2"]]
     assert page.row("heldout") == [["1.250 (loss)", "", "", ""]]
@@ -137,7 +146,11 @@ def test_many_questions_and_huge_answers_stay_small(tmp_path: Path) -> None:
 
 def test_means_over_groups_have_their_own_interval(tmp_path: Path) -> None:
     """Of 2 and 4 values: strata with variances 2 and 4, so se^2 = (2/2 + 4/4) / 4 and Welch's df = 4 / (1 + 1/3)."""
-    rows = [row(f"{d}{n}", v, {"dataset": d}) for d, found in (("a", (0, 2)), ("b", (10, 10, 12, 14))) for n, v in enumerate(found)]
+    rows = [
+        row(f"{d}{n}", v, {"dataset": d})
+        for d, found in (("a", (0, 2)), ("b", (10, 10, 12, 14)))
+        for n, v in enumerate(found)
+    ]
     variance = (2 / 2 + (1.5**2 * 2 + 0.5**2 + 2.5**2) / 3 / 4) / 4
     freedom = int(variance**2 / ((1 / 4) ** 2 / 1 + (variance - 1 / 4) ** 2 / 3))
     half = {1: 12.7062, 2: 4.3027, 3: 3.1824}[freedom] * variance**0.5
