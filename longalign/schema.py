@@ -283,6 +283,7 @@ class Config(Strict):
     generation: Generation
     endpoint: Endpoint
     compare: Paths
+    compare_paper: bool
 
     verify: Verify
 

@@ -2,7 +2,8 @@
 
 A run's score has a 95% interval over its questions. A difference is taken question by question, over those that both
 runs answered and have a score of (the same id and reference): the mean of these differences and its 95% interval by
-Student's t. "No difference seen" means that the interval holds 0. Nothing is asked of a model.
+Student's t. "No difference seen" means that the interval holds 0. Differences that are all alike have no interval; six
+or more of them are told as higher or lower (a sign test). Nothing is asked of a model.
 """
 
 from __future__ import annotations
@@ -10,30 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from longalign.errors import UserError
-from longalign.evaluate.charts import Point, heat_table
-from longalign.evaluate.report import curve, page, point, pretty
-from longalign.evaluate.results import (
-    Group,
-    Run,
-    digits,
-    groups,
-    in_order,
-    is_number,
-    label,
-    measure_of,
-    number,
-    read_run,
-)
+from longalign.evaluate.compare_page import html, terminal_table
+from longalign.evaluate.report import point, pretty
+from longalign.evaluate.results import Group, Run, digits, groups, in_order, measure_of, read_run
 from longalign.evaluate.statistics import Row, half_width, mean_of, strata
 from longalign.files import disk_errors, write_json, write_text
 from longalign.progress import console, warn
 from longalign.schema import Config
 
 Found = dict[str, Any]
+
+SIGN_TEST = 6  # differences, all alike, have no interval; so many of one sign come by chance in 2 of 2^6 cases, 3%
 
 
 def run(config: Config, dry_run: bool) -> int:
@@ -55,7 +44,7 @@ def run(config: Config, dry_run: bool) -> int:
     with disk_errors(output, "output_dir"):
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "compare.json", compared)
-        write_text(output / "compare.html", html(runs, compared))
+        write_text(output / "compare.html", html(runs, compared, config.compare_paper))
     console.print(f"written to {output}: compare.json, compare.html", soft_wrap=True)
     return 0
 
@@ -145,8 +134,11 @@ def difference(first: Group, other: Group, summary: Found) -> Found:
     told = "no interval"
     if value is not None and half is not None:
         told = "no difference seen" if abs(value) <= half else "higher" if value > 0 else "lower"
-    elif pairs and not any(row["scores"]["score"] for row in pairs):
-        told = "no difference seen"
+    elif value is not None and len({round(row["scores"]["score"], 6) for row in pairs}) == 1:
+        if value == 0:
+            told = "no difference seen"
+        elif len(pairs) >= SIGN_TEST:
+            told = "higher" if value > 0 else "lower"
     return {"difference": value, "interval": around(value, half), "questions": len(pairs), "told": told}
 
 
@@ -213,83 +205,3 @@ def flatten(values: Found, prefix: str = "") -> Found:
     for key, value in values.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-# -- tables and the page ----------------------------------------------------------------------------------------
-
-
-def score_text(found: Found | None, decimals: int) -> str:
-    if found is None:
-        return "not asked"
-    if found["score"] is None:
-        return "missing"
-    half = f" ± {(found['interval'][1] - found['interval'][0]) / 2:.{decimals}f}" if found["interval"] else ""
-    return number(float(found["score"]), decimals) + half
-
-
-def difference_text(found: Found | None, decimals: int) -> str:
-    """+0.120 [0.031, 0.209] n=140"""
-    if found is None or found["difference"] is None:
-        return "not compared"
-    interval = "" if found["interval"] is None else " [{:+.{d}f}, {:+.{d}f}]".format(*found["interval"], d=decimals)
-    count = f" n={found['questions']:,}" if found["questions"] else ""
-    return f"{found['difference']:+.{decimals}f}{interval}{count}"
-
-
-def lines(task: Found, runs: list[str]) -> list[Found]:
-    """Every row of a task as texts: {"name", "scores": [...], "differences": [(text, told)]}."""
-    decimals = task["decimals"]
-    return [
-        {
-            "breakdown": row["breakdown"],
-            "group": label(row["group"], row["breakdown"]) or "all",
-            "scores": [score_text(row["runs"].get(run), decimals) for run in runs],
-            "differences": [
-                (difference_text(found, decimals), "" if found is None else found["told"])
-                for found in (row["differences"].get(run) for run in runs[1:])
-            ],
-        }
-        for row in task["rows"]
-    ]
-
-
-def terminal_table(name: str, task: Found, runs: list[str]) -> Table:
-    title = f"{name}: {task['measure']} ± 95%; differences to {runs[0]} with their 95% intervals"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    table.add_column("")
-    table.add_column("")
-    for run in runs:
-        table.add_column(run, justify="right")
-    for run in runs[1:]:
-        table.add_column(f"{run} - {runs[0]}")
-    for line in lines(task, runs):
-        differences = [f"{text}\n{told}".strip() for text, told in line["differences"]]
-        table.add_row(line["breakdown"], line["group"], *line["scores"], *differences)
-    return table
-
-
-def html(runs: dict[str, Run], compared: Found) -> str:
-    tasks = []
-    for name, task in compared["tasks"].items():
-        having = {run: f.results["tasks"][name] for run, f in runs.items() if name in f.results["tasks"]}
-        grids = [(run, heat_table(summary)) for run, summary in having.items() if summary.get("grid")]
-        by = [b for b in dict.fromkeys(row["breakdown"] for row in task["rows"]) if b]
-        drawn = [(b, overlaid(b, task, list(runs), next(iter(having.values())))) for b in by]
-        charts = [(b, chart) for b, chart in drawn if chart]
-        tasks.append({"name": name, **task, "lines": lines(task, list(runs)), "grids": grids, "charts": charts})
-    differing = [(key, [pretty(value) for value in values]) for key, values in compared["settings"]]
-    return page("compare.html", **{**compared, "tasks": tasks, "settings": differing})
-
-
-def overlaid(by: str, task: Found, runs: list[str], summary: Found) -> Any:
-    """A line per run, as compare.json has the numbers."""
-    rows = [row for row in task["rows"] if row["breakdown"] == by]
-    if not all(is_number(row["group"]) for row in rows):
-        return None
-    at = lambda found: None if found is None or found["score"] is None else (found["score"], half_of(found["interval"]))
-    series: dict[str, list[Point]] = {run: [at(row["runs"].get(run)) for row in rows] for run in runs}
-    return curve(by, summary, [row["group"] for row in rows], series)
-
-
-def half_of(interval: list[float] | None) -> float | None:
-    return None if interval is None else (interval[1] - interval[0]) / 2

@@ -40,7 +40,7 @@ UNSHOWABLE = re.compile("[\x80-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def write_report(output: Path) -> Path:
-    """OUTPUT/report.html, and OUTPUT/TASK.png for every task with a grid. Raises UserError for files that are broken."""
+    """OUTPUT/report.html, and OUTPUT/TASK.png for every task with a grid. Raises UserError for broken files."""
     run = read_run(output)
     model = Path(str(run.results.get("model"))).name
     for name, summary in run.results["tasks"].items():

@@ -101,6 +101,13 @@ def test_a_difference_by_hand(tmp_path: Path) -> None:
     assert told(turned, "chat")["difference"] == -2
 
 
+@pytest.mark.parametrize(("gain", "questions", "expected"), [(1, 5, "no interval"), (1, 6, "higher"), (-1, 6, "lower")])
+def test_differences_all_alike(tmp_path: Path, gain: int, questions: int, expected: str) -> None:
+    values = [float(n) for n in range(1, 1 + questions)]
+    found = compared(tmp_path, {"chat": task(rows(values))}, {"chat": task(rows([v + gain for v in values]))})
+    assert told(found, "chat") == {"difference": gain, "interval": None, "questions": questions, "told": expected}
+
+
 def test_pairing_needs_fewer_questions(tmp_path: Path) -> None:
     """A small gain on questions of very unlike difficulty: each run's interval is wide, the difference's is narrow."""
     rng = random.Random(1)
@@ -197,6 +204,19 @@ def test_the_command(tmp_path: Path) -> None:
     told_only = longalign("eval", "compare=[one,two]", "output_dir=elsewhere", "--dry-run", cwd=tmp_path)
     assert told_only.returncode == 0
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_values_of_the_paper_only_if_asked_for(tmp_path: Path) -> None:
+    """Tables 2 and 3 as printed."""
+    from longalign.evaluate.compare_page import html
+
+    tasks = {"longbench_chat": task(rows([5, 4])), "longbench": task(rows([50, 40]), best=100)}
+    runs = {n: read_run(write_run(tmp_path / n, tasks)) for n in "ab"}
+    assert "Reported by the paper" not in html(runs, compare(runs), False)
+    page = Page(html(runs, compare(runs), True))
+    assert page.text.count("Not measured here") == 2
+    assert page.row("Llama-2-7B-64k, LongAlign-10k, sorted batching") == [["6.38"], ["63.4", "42.2", "41.3"]]
+    assert page.row("ChatGLM3-6B-64k, LongAlign-0k") == [["3.73"], ["58.7", "41.1", "38.4"]]
 
 
 def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
