@@ -70,7 +70,7 @@ def colours(share: float) -> str:
     place = min(max(share, 0), 1) * (len(VIRIDIS) - 1)
     low = min(int(place), len(VIRIDIS) - 2)
     rgb = [round(a + (b - a) * (place - low)) for a, b in zip(VIRIDIS[low], VIRIDIS[low + 1], strict=True)]
-    bright = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 130
+    bright = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 100
     return f"background:rgb({rgb[0]},{rgb[1]},{rgb[2]});color:{'#000' if bright else '#fff'}"
 
 
@@ -103,7 +103,7 @@ def heatmap(summary: dict[str, Any], path: Path, title: str) -> None:
     axes.set_title(f"{title}: {summary['score']:.2f}" if summary["score"] is not None else title, fontsize=10)
     for y, row in enumerate(cells):
         for x, value in enumerate(row):
-            dark = value is not None and value < 0.6 * summary["best"]
+            dark = value is not None and value < 0.5 * summary["best"]
             text = "-" if value is None else f"{value:.2f}"
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     figure.colorbar(image, label="score")

@@ -92,7 +92,8 @@ def task_view(name: str, summary: dict[str, Any], rows: list[Row]) -> dict[str, 
     """What report.html shows of a task."""
     measure, (everything, *parts) = measure_of(summary), groups(summary, rows)
     best = summary.get("best")
-    chosen = sample(rows)
+    controls = {row["id"] for row in rows} - {row["id"] for row in everything.rows}
+    chosen = sample(rows, controls)
     most = max(200, min(MOST, TOTAL // max(len(chosen), 1) // 4))
     return {
         "name": name,
@@ -106,7 +107,7 @@ def task_view(name: str, summary: dict[str, Any], rows: list[Row]) -> dict[str, 
         "breakdowns": [breakdown_view(by, summary, parts) for by in breakdowns(summary)],
         "settings": pretty(summary.get("settings", {})),
         "judge": pretty(summary["judge"]) if "judge" in summary else None,
-        "shown": [question_view(row, summary, most) for row in chosen],
+        "shown": [question_view(row, summary, most, row["id"] in controls) for row in chosen],
         "total": len(rows),
     }
 
@@ -195,18 +196,20 @@ def pretty(value: Any) -> str:
 # -- questions --------------------------------------------------------------------------------------------------
 
 
-def sample(rows: list[Row]) -> list[Row]:
-    """Missing and lowest scores first; of more than SHOWN rows as many, evenly picked."""
+def sample(rows: list[Row], controls: set[str]) -> list[Row]:
+    """Missing and lowest scores first, controls last; of more than SHOWN rows as many, evenly picked."""
     parts = lambda name: enumerate(re.split(r"(\d+(?:\.\d+)?)", str(name)))
     natural = lambda name: [float(part) if n % 2 else part for n, part in parts(name)]  # 2 before 10
     value = lambda row: row["scores"].get("score")
-    ranked = sorted(rows, key=lambda row: (value(row) is not None, value(row) or 0, natural(row["id"])))
+    ranked = sorted(
+        rows, key=lambda row: (row["id"] in controls, value(row) is not None, value(row) or 0, natural(row["id"]))
+    )
     if len(ranked) <= SHOWN:
         return ranked
     return [ranked[n * (len(ranked) - 1) // (SHOWN - 1)] for n in range(SHOWN)]
 
 
-def question_view(row: Row, summary: dict[str, Any], most: int) -> dict[str, Any]:
+def question_view(row: Row, summary: dict[str, Any], most: int, control: bool) -> dict[str, Any]:
     value, decimals = row["scores"].get("score"), digits(summary)
     question, reference = str(row.get("question", "")), row.get("reference")
     references = reference if isinstance(reference, list) else [] if reference is None else [reference]
@@ -221,6 +224,7 @@ def question_view(row: Row, summary: dict[str, Any], most: int) -> dict[str, Any
         "id": row["id"],
         "score": number(None if value is None else float(value), decimals),
         "level": "missing" if value is None else "low" if value < (summary.get("best") or 1) / 2 else "high",
+        "control": control,
         "brief": " ".join(question[-400:].split())[-160:],
         "about": [(key, cut(str(value), 300)) for key, value in about.items() if value is not None],
         "texts": [(title, cut(text, most)) for title, text in texts if text],

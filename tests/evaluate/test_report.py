@@ -117,6 +117,15 @@ def test_nothing_loads_and_nothing_escapes(tmp_path: Path) -> None:
     assert "@import" not in style
 
 
+def test_controls_stand_last_and_count_in_no_interval(tmp_path: Path) -> None:
+    rows = four_cells()
+    controls = [row(f"{n}/alone", 0, {"length": None, "depth": None}) for n in range(9)]
+    page = report(tmp_path, {"hunt": (grid_task(rows)[0], controls + rows)})
+    assert page.row("hunt")[0][0] == "0.667 ± 0.542"
+    assert page.text.count("(a control, not in the score)") == 9
+    assert page.text.index("1024/0/0") < page.text.index("0/alone")
+
+
 def test_the_order_of_rows_is_nothing(tmp_path: Path) -> None:
     rows = four_cells()
     pages = []
