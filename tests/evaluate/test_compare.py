@@ -81,8 +81,8 @@ def test_intervals_hold_the_truth_in_95_of_100() -> None:
 def test_a_difference_by_hand(tmp_path: Path) -> None:
     """Differences 1, 2, 3, 2 (length 1000: 1, 3; 2000: 2, 2); one question is missing in either run."""
     first = rows([5, 5, 5, 5, None, 7])
-    other = rows([6, 7, 8, 7, 9, None])
-    found = compared(tmp_path, {"chat": task(first)}, {"chat": task(other)})
+    second = rows([6, 7, 8, 7, 9, None])
+    found = compared(tmp_path, {"chat": task(first)}, {"chat": task(second)})
     assert told(found, "chat") == {
         "difference": 2,
         # standard deviation 0.8165, / 2, x t(3) 3.1824
@@ -96,7 +96,11 @@ def test_a_difference_by_hand(tmp_path: Path) -> None:
     by_2000 = told(found, "chat", ("length", "2000"))
     assert (by_2000["difference"], by_2000["interval"], by_2000["told"]) == (2, None, "no interval")
     assert found["warnings"] == []
-    turned = compared(tmp_path, {"chat": task(other)}, {"chat": task(first)})
+    # differences 2, 0, 2, 4: 2 ± 1.633 / 2 x 3.1824 = 2.598 holds 0; with 1 instead of 0, 2.25 ± 2.003 does not
+    for other, expected in (([7, 5, 7, 9], "no difference seen"), ([7, 6, 7, 9], "higher")):
+        near = compared(tmp_path, {"chat": task(rows([5] * 4))}, {"chat": task(rows(other))})
+        assert told(near, "chat")["told"] == expected
+    turned = compared(tmp_path, {"chat": task(second)}, {"chat": task(first)})
     assert told(turned, "chat")["told"] == "lower"
     assert told(turned, "chat")["difference"] == -2
 
