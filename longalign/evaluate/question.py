@@ -6,6 +6,9 @@ A task is a module in longalign/evaluate/tasks with three functions:
     score(question, answer, verdicts) -> {"score": ..., ...}       None = missing, which is never a zero
     summarise(rows) -> {"score": mean, ...}                        of the rows that answers.py describes
 
+A task without questions has, of the whole config and the model, `measure(config, model) -> summary`,
+`preview(config, model) -> str` for --dry-run and `table(summary)`; see tasks/heldout.py.
+
 The core asks, stores, judges and writes; it knows nothing of a single task.
 """
 

@@ -7,8 +7,8 @@
     variable_tracking    the variables that have a value, through a chain of assignments among other chains
     aggregation          the words that stand most often in a list as long as the prompt
 
-As in RULER the score is the share of the wanted strings that the answer has in it, so that reciting the document scores;
-`exact` tells an answer from a recital, see score().
+As in RULER the score is the share of the wanted strings that the answer has in it, so that reciting the document
+scores; `exact` tells an answer from a recital, see score().
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def questions(settings: Retrieval, seed: int, count_tokens: CountTokens) -> list
     Raises UserError if what is hidden does not fit a length.
     """
     prompts = {kind: _prompt(settings, kind, "document", KINDS[kind].place) for kind in settings.kinds}
-    statement, assignment = _prompt(settings, "statement", "key", "value"), _prompt(settings, "assignment", "name", "value")
+    statement, assignment = (
+        _prompt(settings, "statement", "key", "value"),
+        _prompt(settings, "assignment", "name", "value"),
+    )
     count = tokens_within(count_tokens)
     found: list[Question] = []
     for length, sample, kind in product(settings.lengths, range(settings.samples), settings.kinds):
