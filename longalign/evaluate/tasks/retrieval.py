@@ -17,10 +17,11 @@ import functools
 import random
 import re
 from collections.abc import Callable, Iterator
-from itertools import accumulate, chain, cycle, product
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longalign.data.messages import Messages
 from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, WORDS
 from longalign.errors import UserError
 from longalign.evaluate.haystack import Hidden, document_of, sentences, tokens_within
@@ -34,7 +35,7 @@ KEYS = [" ".join(words) for words in product(ADJECTIVES, MATERIALS, NOUNS)]
 LIST = sorted(set(WORDS))  # what aggregation's lists are made of
 CONSONANTS = "BCDFGHJKLMNPQRSTVWXZ"  # a name without a vowel is no word
 RATIO, LEAST = 10, 3  # wanted words stand so many times as often as others, and others about so often at least
-OTHER_WORDS = 16  # that an exact answer may have for each wanted string
+OTHER_WORDS = 64  # that an exact answer may have besides the wanted ones: sentences, but no document
 
 Source = Callable[[], Iterator[str]]
 
@@ -71,40 +72,46 @@ def questions(settings: Retrieval, seed: int, count_tokens: CountTokens) -> list
     Raises UserError if what is hidden does not fit a length.
     """
     prompts = {kind: _prompt(settings, kind, "document", KINDS[kind].place) for kind in settings.kinds}
-    statement, assignment = (
-        _prompt(settings, "statement", "key", "value"),
-        _prompt(settings, "assignment", "name", "value"),
-    )
+    statement = _prompt(settings, "statement", "key", "value")
+    assignment = _prompt(settings, "assignment", "name", "value")
     count = tokens_within(count_tokens)
     found: list[Question] = []
     for length, sample, kind in product(settings.lengths, range(settings.samples), settings.kinds):
         rng = random.Random(f"retrieval {seed} {length} {sample} {kind}")
         haystack = settings.haystack[sample % len(settings.haystack)] if settings.haystack else None
         source = functools.partial(sentences, f"{PREFIX}.haystack", haystack, f"retrieval {seed} {length} {sample}")
-        ask = lambda asked, document, kind=kind: _ask(prompts[kind], **{KINDS[kind].place: asked, "document": document})
+        told = functools.partial(ask, prompts[kind], KINDS[kind].place)
         if kind == "aggregation":
-            room = length - count_tokens(ask(str(settings.words), ""))
-            content = common_words(settings.words, room, rng, count)
+            content = common_words(settings.words, length - count_tokens(told("", "")), rng, count)
         elif kind == "variable_tracking":
             content = variables(settings, rng, assignment, source)
         else:
-            content = numbers(kind, settings, rng, statement, source)
-        prompt_tokens = lambda document, ask=ask, content=content: count_tokens(ask(content.asked, document))
-        document = content.wanted and document_of(length, content.hidden, content.source, count, prompt_tokens)
-        if not document:
+            content = numbers(kind, length, settings, rng, statement, source)
+        document = content and document_of(
+            length,
+            content.hidden,
+            content.source,
+            count,
+            functools.partial(_count, count_tokens, functools.partial(told, content.asked)),
+        )
+        if content is None or document is None:
             lower = f", or lower {PREFIX}.{KINDS[kind].lower}" if KINDS[kind].lower else ""
             raise UserError(f"{PREFIX}.lengths={length} has no room for what {kind} asks; raise it{lower}")
         about: dict[str, Any] = {"length": length, "kind": kind}
         if kind != "aggregation":
             about["depths"] = [round(depth, 4) for depth, _ in content.hidden[: len(content.wanted)]]
             about |= {"haystack": haystack} if haystack else {}
-        messages, limit = ask(content.asked, document), settings.max_new_tokens
+        messages, limit = told(content.asked, document), settings.max_new_tokens
         found.append(Question(f"{kind}/{length}/{sample}", messages, content.wanted, about, limit))
     return found
 
 
-def _ask(prompt: str, **values: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": fill(prompt, **values)}]
+def ask(prompt: str, place: str, asked: str, document: str) -> Messages:
+    return [{"role": "user", "content": fill(prompt, **{place: asked, "document": document})}]
+
+
+def _count(count_tokens: CountTokens, told: Callable[[str], Messages], document: str) -> int:
+    return count_tokens(told(document))
 
 
 def _prompt(settings: Retrieval, name: str, *places: str) -> str:
@@ -119,23 +126,23 @@ def _prompt(settings: Retrieval, name: str, *places: str) -> str:
 # -- what is hidden ---------------------------------------------------------------------------------------------
 
 
-def numbers(kind: str, settings: Retrieval, rng: random.Random, statement: str, source: Source) -> Content:
+def numbers(kind: str, length: int, settings: Retrieval, rng: random.Random, statement: str, source: Source) -> Content:
     """Keys and their numbers of seven digits, at depths drawn uniformly; no key and no number stands twice."""
     asked = settings.queries if kind == "multi_query" else 1
     each = settings.values if kind == "multi_value" else 1
-    others = (settings.keys or len(KEYS)) - 1 if kind == "multi_key" else 0
+    others = (settings.keys or min(length, len(KEYS))) - 1 if kind == "multi_key" else 0
     keys = rng.sample(KEYS, asked + others)
     values = [str(number) for number in rng.sample(range(10**6, 10**7), asked * each + others)]
     owners = [key for key in keys[:asked] for _ in range(each)] + keys[asked:]
-    stated = (fill(statement, key=key, value=value) for key, value in zip(owners, values, strict=True))
-    wanted = values[: asked * each]
-    hidden = [(rng.random(), next(stated)) for _ in wanted]
-    if kind == "multi_key" and settings.keys is None:
-        rest, own = list(stated), source
-        source = lambda: chain(rest, own())
-    hidden += [(rng.random(), text) for text in stated]
+    state = lambda place: fill(statement, key=owners[place], value=values[place])
+    n = asked * each
+    if kind == "multi_key" and settings.keys is None:  # more than fit: the document is made of them
+        hidden = [(rng.random(), state(0))]
+        filling: Source = lambda: chain(map(state, range(n, len(values))), source())
+    else:
+        hidden, filling = [(rng.random(), state(place)) for place in range(len(values))], source
     told = ", ".join(f"the {key}" for key in keys[:asked]) if kind == "multi_query" else keys[0]
-    return Content(wanted, told, hidden, source)
+    return Content(values[:n], told, hidden, filling)
 
 
 def variables(settings: Retrieval, rng: random.Random, assignment: str, source: Source) -> Content:
@@ -154,10 +161,11 @@ def variables(settings: Retrieval, rng: random.Random, assignment: str, source: 
     return Content(links[0], values[0], hidden, source)
 
 
-def common_words(n: int, room: int, rng: random.Random, count: Callable[[str], int]) -> Content:
+def common_words(n: int, room: int, rng: random.Random, count: Callable[[str], int]) -> Content | None:
     """A list of `room` tokens in which n words stand about RATIO times as often as each of the others.
 
-    As many other words as stand LEAST times each. No word is wanted if fewer than 2n others would.
+    There are as many others as can stand LEAST times each; None if that is fewer than 2n. They come in rounds, each in
+    an order of its own, so that they stand equally often.
     """
     words = rng.sample(LIST, len(LIST))
     wanted, others = words[:n], words[n:]
@@ -165,11 +173,17 @@ def common_words(n: int, room: int, rng: random.Random, count: Callable[[str], i
     costs = list(accumulate(count(" " + word) for word in others))
     n_others = sum(LEAST * (cost + so_far) <= room for so_far in costs)
     if n_others < 2 * n:
-        return Content([], "", [], lambda: iter(()))
+        return None
     others = others[:n_others]
     often = RATIO * room // (cost + costs[n_others - 1])
     hidden = [(rng.random(), word) for word in wanted for _ in range(often)]
-    return Content(wanted, str(n), hidden, lambda: cycle(others))
+    seed = rng.random()
+    return Content(wanted, str(n), hidden, lambda: _rounds(others, random.Random(seed)))
+
+
+def _rounds(words: list[str], rng: random.Random) -> Iterator[str]:
+    while True:
+        yield from rng.sample(words, len(words))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------
@@ -179,11 +193,11 @@ def score(question: Question, answer: str, verdicts: list[Verdict] | None) -> di
     """score: the share of the wanted strings in the answer. exact: 1 for an answer, 0 for anything else, and that is:
 
     all wanted strings, no other of their form (a number of seven digits, a name of five consonants, a word of the
-    lists), and not more than OTHER_WORDS further words for each.
+    lists), and not more than OTHER_WORDS further words.
     """
     wanted = {one.lower() for one in question.reference or []}
     named = set(occurrences(KINDS[question.about["kind"]].form, answer))
-    brief = len(answer.split()) <= (1 + OTHER_WORDS) * len(wanted)
+    brief = len(answer.split()) <= len(wanted) + OTHER_WORDS
     return {"score": mean([float(one in named) for one in sorted(wanted)]), "exact": float(named == wanted and brief)}
 
 
