@@ -208,6 +208,29 @@ class Needle(Strict):
     judge: bool
 
 
+RetrievalKind = Literal["single_key", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation"]
+
+
+class Retrieval(Strict):
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    kinds: Annotated[list[RetrievalKind], Field(min_length=1)]
+    samples: PositiveInt
+    keys: Annotated[int, Field(ge=1, le=50_000)] | None  # there are 51,612
+    values: Annotated[int, Field(ge=1, le=100)]
+    queries: Annotated[int, Field(ge=1, le=100)]
+    chains: Annotated[int, Field(ge=1, le=100)]
+    hops: Annotated[int, Field(ge=1, le=100)]
+    words: Annotated[int, Field(ge=1, le=20)]
+    haystack: Paths
+    max_new_tokens: PositiveInt
+    prompts: str | None
+
+
+class HeldOut(Strict):
+    path: str
+    limit: PositiveInt | None
+
+
 class LongBenchChat(Strict):
     cases: str
     few_shots: str | None
@@ -226,9 +249,11 @@ class LongBench(Strict):
 
 
 class Tasks(Strict):
+    heldout: HeldOut | None = None  # first: what it refuses is told before others have asked for hours
     needle: Needle | None = None
     longbench_chat: LongBenchChat | None = None
     longbench: LongBench | None = None
+    retrieval: Retrieval | None = None
 
 
 class Verify(Strict):

@@ -45,6 +45,12 @@ def _sentences_of(setting: str, haystack: str) -> list[str]:
     return found
 
 
+def tokens_within(count_tokens: Callable[[str], int]) -> Callable[[str], int]:
+    """The tokens that a text adds to one before it: without those that a tokenizer puts before every text alone."""
+    alone = count_tokens(".")
+    return functools.cache(lambda text: count_tokens("." + text) - alone)
+
+
 def build_document(hidden: Sequence[Hidden], room: int, source: Iterator[str], count: Callable[[str], int]) -> str:
     """Sentences of `source` and the hidden ones among them, at most `room` tokens as `count` counts them."""
     left = room - sum(count(" " + sentence) for _, sentence in hidden)

@@ -11,6 +11,9 @@ A summary has `best`, the highest possible score, and may have breakdowns: by_X,
 a `grid` {across: {down: mean or None}} with `grid_axes`. Where the score is the mean over the means of groups of
 `about[X]`, `mean_over` is X. Reports, intervals and comparisons are made of these.
 
+A task without questions has, of the whole config and the model, `measure(config, model) -> summary`,
+`preview(config, model) -> str` for --dry-run and `table(summary)`; see tasks/heldout.py.
+
 The core asks, stores, judges and writes; it knows nothing of a single task.
 """
 

@@ -6,6 +6,8 @@ OUTPUT/TASK.jsonl            a row per question: {id, hash, about, prompt_tokens
                              finish, seconds, verdicts, scores}
 OUTPUT/results.json          what was asked of which model, and how well it did
 OUTPUT/report.html, TASK.png the same to look at
+
+A task that measures the model itself (heldout) asks nothing and has results alone.
 """
 
 from __future__ import annotations
@@ -49,12 +51,20 @@ def run(config: Config, dry_run: bool) -> int:
             "tasks": {},
         }
         for name in names:
+            task, settings = task_module(name), getattr(config.task, name).model_dump()
+            if hasattr(task, "measure"):
+                if dry_run:
+                    console.print(f"{name}: {task.preview(config, model)}", soft_wrap=True)
+                    continue
+                summary = task.measure(config, model)
+                results["tasks"][name] = {"settings": settings, **summary}
+                console.print(task.table(summary))
+                continue
             questions = prepare(config, model, name)
             if dry_run:
                 preview(config, model, name, questions)
                 continue
             summary, rows = evaluate(config, model, name, questions, output)
-            settings = getattr(config.task, name).model_dump()
             results["tasks"][name] = {"settings": settings, **summary}
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(output / f"{name}.jsonl", text)
@@ -66,10 +76,13 @@ def run(config: Config, dry_run: bool) -> int:
     return 0
 
 
+def task_module(name: str) -> Any:
+    return importlib.import_module(f"longalign.evaluate.tasks.{name}")
+
+
 def prepare(config: Config, model: Local | Endpoint, name: str) -> list[Question]:
     """The task's questions, within the model's context."""
-    task = importlib.import_module(f"longalign.evaluate.tasks.{name}")
-    questions: list[Question] = task.questions(getattr(config.task, name), config.seed, model.count_tokens)
+    questions: list[Question] = task_module(name).questions(getattr(config.task, name), config.seed, model.count_tokens)
     return [fitted(question, model.context, model.count_tokens) for question in questions]
 
 
@@ -90,7 +103,7 @@ def evaluate(
     config: Config, model: Local | Endpoint, name: str, questions: list[Question], output: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask, have judged, score. Returns the summary and one row per question."""
-    task = importlib.import_module(f"longalign.evaluate.tasks.{name}")
+    task = task_module(name)
     settings = model.settings()
     hashes = [hash_of(question, settings) for question in questions]
     answers = ask(model, name, questions, hashes, output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,27 @@ from longalign.model.loss import StepTotals
 from longalign.schema import Config
 from longalign.train.breakdown import Breakdown
 from longalign.train.metrics import open_metrics, read_metrics
-from longalign.train.micro import micro_steps
+from longalign.train.micro import MicroStep, micro_steps
 
 
-def heldout_packs(config: Config) -> tuple[Dataset, list[Pack]]:
-    """The held-out rows of data_dir and their packs. Raises UserError if there are none that can be used."""
+def heldout_packs(config: Config, limit: int | None = None) -> tuple[Dataset, list[Pack]]:
+    """The held-out rows of data_dir and packs of them, or of the first `limit` with a target.
+
+    Raises UserError if there are none that can be used.
+    """
     folder = Path(config.data_dir) / "eval"
     if not (folder / "manifest.json").is_file():
+        wanted, instead = f"eval_every={config.eval_every} but ", ", or set eval_every=null"
         raise UserError(
-            f"eval_every={config.eval_every} but data_dir={config.data_dir} has no held-out samples; "
-            "run `longalign tokenize` with eval_fraction=0.01, or set eval_every=null"
+            f"{wanted if config.eval_every else ''}data_dir={config.data_dir} has no held-out samples; run "
+            f"`longalign tokenize` with eval_fraction=0.01{instead if config.eval_every else ''}"
         )
     dataset, shape = read_data(str(folder))[0], read_data(config.data_dir)[1]["model_shape"]
     columns = read_columns(dataset)
-    usable = np.flatnonzero(columns.n_target > 0)
+    usable = np.flatnonzero(columns.n_target > 0)[:limit]
     if not len(usable):
         raise UserError(f"{folder} has no sample with a target; tokenize with a larger eval_fraction")
-    if (longest := columns.length.max()) > config.max_length:
+    if (longest := columns.length[usable].max()) > config.max_length:
         raise UserError(
             f"{folder} has a sample of {longest} tokens, max_length={config.max_length}; "
             "raise max_length or tokenize again with it"
@@ -54,6 +59,15 @@ def heldout_packs(config: Config) -> tuple[Dataset, list[Pack]]:
         tokens, targets = sum(length[i] for i in ids), sum(n_target[i] for i in ids)
         packs.append(Pack(ids.tolist(), tokens, len(ids), targets, float(cost(columns.length[ids]).sum())))
     return dataset, packs
+
+
+@torch.no_grad()
+def weighted_sums(model: Any, steps: Iterable[MicroStep]) -> list[float]:
+    """A sum over all steps and ranks of each column of weights. model: a WeightedLoss, or an engine around one."""
+    sums = torch.stack([model(batch, weights)[1].double() for batch, weights, _ in steps]).sum(0)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 class HeldOut:
@@ -79,14 +93,10 @@ class HeldOut:
         """
         began = time.monotonic()
         counts, totals = self.breakdown.counts(self.packs), StepTotals.of(self.packs)
-        shares = torch.zeros(3 + len(counts), dtype=torch.float64, device=engine.device)
         engine.module.eval()
-        with torch.no_grad():
-            for batch, weights, _ in micro_steps(self.dataset, self.packs, self.config, engine.device, self.breakdown):
-                shares += engine(batch, weights)[1]
+        steps = micro_steps(self.dataset, self.packs, self.config, engine.device, self.breakdown)
+        _, loss_sequence, loss_token, *by_group = weighted_sums(engine, steps)
         engine.module.train()
-        dist.all_reduce(shares)
-        _, loss_sequence, loss_token, *by_group = shares.tolist()
         self.last = step
         if self.file:
             row = {

@@ -18,7 +18,7 @@ from typing import Any
 from longalign.data.messages import Messages
 from longalign.data.synthetic import facts
 from longalign.errors import UserError
-from longalign.evaluate.haystack import document_of, sentences
+from longalign.evaluate.haystack import document_of, sentences, tokens_within
 from longalign.evaluate.prompts import fill, load_prompt
 from longalign.evaluate.question import CountTokens, Question, Verdict
 from longalign.evaluate.statistics import Row, breakdown, grid, mean, scores, standard_error
@@ -34,7 +34,7 @@ def questions(settings: Needle, seed: int, count_tokens: CountTokens) -> list[Qu
     """
     rng = random.Random(f"needle {seed}")
     judge = load_prompt(f"{PREFIX}.judge", "needle/judge.txt", None, ("question", "reference", "answer"))
-    count = functools.cache(count_tokens)
+    count = tokens_within(count_tokens)
     asked: list[Question] = []
     for length, depth, number in product(settings.lengths, settings.depths, range(settings.documents)):
         found = facts("test", settings.needles + settings.distractors, rng)
