@@ -100,7 +100,7 @@ _command("train", "Train on the plan; groups first if there is none. Ctrl-C save
 _command("stats", "Show what tokenised data holds and lost, its lengths, and what each strategy makes of it.")
 _command(
     "eval",
-    "Measure a model or an endpoint: task=needle, retrieval, longbench_chat, longbench, heldout, a list; or compare=[RUN,RUN].",
+    "Measure a model or an endpoint: task=needle, retrieval, longbench_chat, longbench, heldout; or compare=[RUN,RUN].",
 )
 _command("chat", "Talk to a model: one answer with prompt=, else interactive.")
 _command("verify", "Check model, data and this machine: leaks, losses, stop tokens, rope, export. Exit 1 if one fails.")
