@@ -153,16 +153,18 @@ def weights_of(config: Config) -> tuple[str, str]:
 
 
 def load_model(config: Config, dtype: torch.dtype) -> Any:
-    """The causal language model on the CPU in `dtype`, with rotary frequencies checked. Raises UserError.
+    """The causal language model in `dtype`, with rotary frequencies checked. Raises UserError.
 
-    init_from replaces the weights of model.path; model.init=random draws them from the seed instead.
+    init_from replaces the weights of model.path; model.init=random draws them from the seed instead. Weights that are
+    read stand on the CPU, those that are drawn on the device, which draws 7B a hundred times as fast.
     """
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
     hf = load_config(config)
     if not loads_weights(config):
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        with torch.device(resolve_device(config)):
+            model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     else:
         setting, path = weights_of(config)
         model, found = _load(AutoModelForCausalLM, path, setting, config=hf, dtype=dtype, output_loading_info=True)
