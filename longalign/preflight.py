@@ -15,6 +15,7 @@ from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tok
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
+from longalign.train.answers import questions_of
 from longalign.train.heldout import heldout_packs
 
 
@@ -85,8 +86,12 @@ def check_data(config: Config) -> dict[str, Any]:
             f"data_dir={config.data_dir} was tokenised with {data['tokenizer']}, whose ids are not those of "
             f"model.tokenizer={config.model.tokenizer}; run `longalign tokenize` for this model"
         )
-    if config.eval_every:
+    if config.eval_every and "heldout" in config.eval_tasks:
         heldout_packs(config)
+    if config.eval_every:
+        questions_of(config)
+    elif config.eval_tasks != ["heldout"]:
+        raise UserError(f"eval_tasks={config.eval_tasks} needs the steps between evaluations: eval_every=200")
     if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
         warn(message)
     return data

@@ -231,6 +231,9 @@ class Tasks(Strict):
     longbench: LongBench | None = None
 
 
+EvalTask = Literal["heldout", "needle", "longbench"]  # those that no judge is needed for
+
+
 class Verify(Strict):
     packs: PositiveInt
     tokens: Annotated[int, Field(ge=64)] | Literal["auto"]
@@ -268,6 +271,7 @@ class Config(Strict):
     gradient_checkpointing: bool
     save_every: PositiveInt | None
     eval_every: PositiveInt | None
+    eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
     resume: str
     init_from: str | None
