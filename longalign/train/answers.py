@@ -104,6 +104,7 @@ class Asked:
             )
         if dist.get_rank() == 0:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.folder.mkdir(exist_ok=True)
             write_text(self.folder / f"{name}-{step:06d}.jsonl", text)
         cut = sum(row["finish"] == "length" for row in rows)
         seconds = round(time.monotonic() - began, 4)
