@@ -49,6 +49,7 @@ class Evaluation:
             found = self.heldout.measure(self.engine) if self.heldout else {}
             found |= self.asked.measure(step)
         self.engine.module.train()
+        self.engine.empty_partition_cache()  # ZeRO-3 keeps weights that its trace of training would use again
         self.last = step
         if self.file:
             row = {"step": step, **found, "seconds": round(time.monotonic() - began, 4)}

@@ -20,6 +20,7 @@ from longalign.schema import Config
 from longalign.train.answers import rounds
 from longalign.train.metrics import read_metrics
 from tests.conftest import launch_all
+from tests.train import watched
 
 STEPS = 3
 TRAIN = ["strategy=packing", "strategy.packs_per_step=2", "lr=1e-2", "lr_final=1e-2", f"max_steps={STEPS}", "save_every=null"]
@@ -29,6 +30,7 @@ GRID += ["task.needle.max_new_tokens=12", "generation.batch_tokens=400", "genera
 # the data's template holds, not this one
 ASK = ["eval_every=2", "eval_tasks=[needle]", "template=longalign-chatglm", *GRID]
 LAYOUTS = {"one": (1, 1), "zero0": (2, 0), "zero1": (2, 1), "zero2": (2, 2), "zero3": (2, 3)}  # processes, ZeRO stage
+PARTITIONED = "cluster.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 100}}"  # all but norms
 COMPARED = ("one", "zero3")
 
 Make = Callable[..., Config]
@@ -42,10 +44,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_config: Make) -> Path:
         configs = []
         for name, (wanted, stage) in LAYOUTS.items():
             if wanted == processes:
-                words = [*TRAIN, f"cluster.processes={processes}", f"cluster.zero_stage={stage}"]
+                words = [*TRAIN, f"cluster.processes={processes}", f"cluster.zero_stage={stage}", PARTITIONED]
                 configs.append(run_config(root / name, *words, *ASK))
                 configs += [run_config(root / f"{name}-blind", *words)] * (name in COMPARED)
-        assert launch_all(configs, root) == 0
+        assert launch_all(configs, root, worker=[watched.__file__]) == 0
     return root
 
 
