@@ -15,6 +15,7 @@ from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tok
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
+from longalign.train.answers import questions_of
 from longalign.train.heldout import heldout_packs
 
 
@@ -81,8 +82,12 @@ def check_data(config: Config) -> dict[str, Any]:
     """The data's manifest. Raises UserError if another tokenizer made it; warns of what is allowed but doubtful."""
     _, data = read_data(config.data_dir)
     check_tokenizer(config, data)
-    if config.eval_every:
+    if config.eval_every and "heldout" in config.eval_tasks:
         heldout_packs(config)
+    if config.eval_every:
+        questions_of(config)
+    elif config.eval_tasks != ["heldout"]:
+        raise UserError(f"eval_tasks={config.eval_tasks} needs the steps between evaluations: eval_every=200")
     if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
         warn(message)
     return data

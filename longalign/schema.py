@@ -256,6 +256,9 @@ class Tasks(Strict):
     retrieval: Retrieval | None = None
 
 
+EvalTask = Literal["heldout", "needle", "longbench"]  # those that no judge is needed for
+
+
 class Verify(Strict):
     packs: PositiveInt
     tokens: Annotated[int, Field(ge=64)] | Literal["auto"]
@@ -293,6 +296,7 @@ class Config(Strict):
     gradient_checkpointing: bool
     save_every: PositiveInt | None
     eval_every: PositiveInt | None
+    eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
     resume: str
     init_from: str | None

@@ -15,15 +15,15 @@ from longalign.schema import Config
 
 
 class Generator:
-    """A model folder or hub name, loaded once. Raises UserError if it cannot be."""
+    """A model folder or hub name, loaded once, or `model`, one in memory. Raises UserError if it cannot be loaded."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, model: Any = None):
         self.device = resolve_device(config)
         if config.generation.cache == "offloaded" and self.device == "cpu":
             raise UserError("generation.cache=offloaded needs a GPU; a CPU holds keys and values in main memory anyway")
         self.template = load_template(config)
         self.tokenizer = self.template.tokenizer
-        self.model = load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
+        self.model = model or load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
         also = self.model.generation_config.eos_token_id  # GLM-4 ends an answer with the next role's token
         self.stops = sorted({*self.template.stop_ids, *([also] if isinstance(also, int) else also or [])})
         text_config = self.model.config.get_text_config()
@@ -33,15 +33,22 @@ class Generator:
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.template.prompt_ids(messages)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers in it could not be trained on
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        width: int = 0,
+        synced: bool = False,
     ) -> list[list[int]]:
         """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked.
 
         A prompt of n tokens is run generation.prefill_chunk_size tokens at a time. Raises UserError out of memory.
+        synced: all ranks call this at once with the same `width`, the tokens that prompts are padded to at least, and
+        run equally often forward: as often as the one with the longest answer.
         """
-        pad, longest = self.stops[0], max(map(len, prompts))
+        pad, longest = self.stops[0], max(width, *map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         torch.manual_seed(self.seed)
@@ -59,6 +66,7 @@ class Generator:
                 streamer=streamer,
                 prefill_chunk_size=chunk if chunk and chunk < longest else None,
                 cache_implementation=self.settings.cache,
+                synced_gpus=synced,
                 **sampling,
             )
         except torch.OutOfMemoryError:
@@ -77,11 +85,11 @@ class Generator:
         return text.lstrip() if self.template.name == "chatglm3" else text  # its answers begin with an empty line
 
 
-def batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Places of prompts, longest first, in batches of about `batch_tokens` tokens with their padding."""
+def batches(lengths: list[int], batch_tokens: int, most: int | None = None) -> list[list[int]]:
+    """Places of prompts, longest first, in batches of about `batch_tokens` tokens with their padding, `most` at most."""
     order, found = sorted(range(len(lengths)), key=lambda place: -lengths[place]), []
     while order:
-        size = max(1, batch_tokens // lengths[order[0]])
+        size = max(1, min(batch_tokens // lengths[order[0]], most or len(order)))
         found.append(order[:size])
         order = order[size:]
     return found
