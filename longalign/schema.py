@@ -256,7 +256,7 @@ class Tasks(Strict):
     retrieval: Retrieval | None = None
 
 
-EvalTask = Literal["heldout", "needle", "longbench"]  # those that no judge is needed for
+EvalTask = Literal["heldout", "needle", "retrieval", "longbench"]  # those that no judge is needed for
 
 
 class Verify(Strict):

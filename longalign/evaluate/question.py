@@ -19,6 +19,7 @@ The core asks, stores, judges and writes; it knows nothing of a single task.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,3 +59,7 @@ class Answer:
     finish: str
     prompt_tokens: int
     seconds: float
+
+
+def task_module(name: str) -> Any:
+    return importlib.import_module(f"longalign.evaluate.tasks.{name}")

@@ -13,7 +13,6 @@ A task that measures the model itself (heldout) asks nothing and has results alo
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from longalign.errors import UserError
 from longalign.evaluate import judge as judging
 from longalign.evaluate.answers import Answers, fitted, hash_of
 from longalign.evaluate.models import Endpoint, Local
-from longalign.evaluate.question import Answer, Question, Verdict
+from longalign.evaluate.question import Answer, Question, Verdict, task_module
 from longalign.evaluate.report import write_report
 from longalign.evaluate.table import summary_table
 from longalign.files import disk_errors, versions, write_json, write_text
@@ -74,10 +73,6 @@ def run(config: Config, dry_run: bool) -> int:
             console.print(f"report: {write_report(output)}")
     console.print(f"-> {output}" if dry_run else f"written to {output}")
     return 0
-
-
-def task_module(name: str) -> Any:
-    return importlib.import_module(f"longalign.evaluate.tasks.{name}")
 
 
 def prepare(config: Config, model: Local | Endpoint, name: str) -> list[Question]:

@@ -1,12 +1,11 @@
 """Questions asked of the weights in training (eval_tasks=[needle, ...]), and their answers' scores.
 
-Questions, templates and scores are those of `longalign eval`. Batches are dealt to ranks in rounds: in a round every rank
-answers one batch, and under ZeRO-3, where every rank has a part of every weight, all of them run equally often forward.
+Questions, templates and scores are those of `longalign eval`. Batches are dealt to ranks in rounds: in a round every
+rank answers one batch, and under ZeRO-3, where every rank has a part of every weight, all run equally often forward.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,14 +21,10 @@ from longalign.errors import UserError
 from longalign.evaluate.answers import fitted
 from longalign.evaluate.generate import Generator, batches
 from longalign.evaluate.models import Local
-from longalign.evaluate.question import Question
+from longalign.evaluate.question import Question, task_module
 from longalign.files import write_text
 from longalign.model import attention
 from longalign.schema import Config
-
-
-def task_module(name: str) -> Any:
-    return importlib.import_module(f"longalign.evaluate.tasks.{name}")
 
 
 def as_trained(config: Config) -> Config:
@@ -40,11 +35,11 @@ def as_trained(config: Config) -> Config:
 
 
 def questions_of(config: Config) -> dict[str, list[Question]]:
-    """The questions of every task of eval_tasks but heldout. Raises UserError if they cannot be asked while training."""
+    """Of every task of eval_tasks but heldout. Raises UserError if they cannot be asked while training."""
     names = [name for name in dict.fromkeys(config.eval_tasks) if name != "heldout"]
     if not names:
         return {}
-    local, found = Local(as_trained(config)), {}
+    local, found = Local(as_trained(config)), dict[str, list[Question]]()
     for name in names:
         settings = getattr(config.task, name)
         if settings is None:
