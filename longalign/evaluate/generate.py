@@ -33,7 +33,7 @@ class Generator:
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.template.prompt_ids(messages)
 
-    @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers in it could not be trained on
+    @torch.no_grad()  # not inference_mode, whose tensors cannot be trained on: ZeRO-3 gathers weights in here
     def generate(
         self,
         prompts: list[list[int]],
