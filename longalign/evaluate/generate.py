@@ -86,7 +86,7 @@ class Generator:
 
 
 def batches(lengths: list[int], batch_tokens: int, most: int | None = None) -> list[list[int]]:
-    """Places of prompts, longest first, in batches of about `batch_tokens` tokens with their padding, `most` at most."""
+    """Places of prompts, longest first, at most `most` and about `batch_tokens` tokens with padding in a batch."""
     order, found = sorted(range(len(lengths)), key=lambda place: -lengths[place]), []
     while order:
         size = max(1, min(batch_tokens // lengths[order[0]], most or len(order)))

@@ -1,7 +1,8 @@
 """Questions asked of the weights in training (eval_tasks=[needle, ...]), and their answers' scores.
 
-Questions, templates and scores are those of `longalign eval`. Batches are dealt to ranks in rounds: in a round every rank
-answers one batch, and under ZeRO-3, where every rank has a part of every weight, all of them run equally often forward.
+Questions, templates and scores are those of `longalign eval`. Batches are dealt to ranks in rounds: in a round every
+rank answers one batch, and under ZeRO-3, where every rank has a part of every weight, all of them run equally often
+forward.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from longalign.data.plan import read_data
@@ -41,11 +41,11 @@ def as_trained(config: Config) -> Config:
 
 
 def questions_of(config: Config) -> dict[str, list[Question]]:
-    """The questions of every task of eval_tasks but heldout. Raises UserError if they cannot be asked while training."""
-    names = [name for name in dict.fromkeys(config.eval_tasks) if name != "heldout"]
+    """The questions of every task of eval_tasks but heldout. Raises UserError if they cannot be asked in training."""
+    names: list[str] = [name for name in dict.fromkeys(config.eval_tasks) if name != "heldout"]
     if not names:
         return {}
-    local, found = Local(as_trained(config)), {}
+    local, found = Local(as_trained(config)), dict[str, list[Question]]()
     for name in names:
         settings = getattr(config.task, name)
         if settings is None:

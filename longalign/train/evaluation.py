@@ -1,9 +1,9 @@
 """Evaluations of the weights in training (eval_every, eval_tasks): one row of eval.jsonl each, and the run unchanged.
 
-    step
-    loss_sequence, loss_token, loss_by_source, loss_by_length, sequences, targets     of heldout (heldout.py)
-    TASK: {score, by_..., questions, cut_at_limit, seconds}                           of every other task (answers.py)
-    seconds                                                                           of the whole evaluation
+step
+loss_sequence, loss_token, loss_by_source, loss_by_length, sequences, targets     of heldout (heldout.py)
+TASK: {score, by_..., questions, cut_at_limit, seconds}                           of every other task (answers.py)
+seconds                                                                           of the whole evaluation
 """
 
 from __future__ import annotations

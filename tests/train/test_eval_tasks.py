@@ -23,7 +23,14 @@ from tests.conftest import launch_all
 from tests.train import watched
 
 STEPS = 3
-TRAIN = ["strategy=packing", "strategy.packs_per_step=2", "lr=1e-2", "lr_final=1e-2", f"max_steps={STEPS}", "save_every=null"]
+TRAIN = [
+    "strategy=packing",
+    "strategy.packs_per_step=2",
+    "lr=1e-2",
+    "lr_final=1e-2",
+    f"max_steps={STEPS}",
+    "save_every=null",
+]
 # three prompts, each a batch of its own: on two ranks one has nothing to ask in the second round
 GRID = ["task.needle.lengths=[100,200,400]", "task.needle.depths=[0.5]", "task.needle.documents=1"]
 GRID += ["task.needle.max_new_tokens=12", "generation.batch_tokens=400", "generation.prefill_chunk_size=128"]
@@ -113,7 +120,10 @@ def test_rounds() -> None:
     ("words", "told"),
     [
         (["eval_tasks=[needle]", "task.needle.lengths=[600]"], "eval_tasks=needle: .* the model's context is 512"),
-        (["eval_tasks=[needle]", "task.needle.judge=true", *GRID], r"nothing is judged while training; .*needle\.judge=false"),
+        (
+            ["eval_tasks=[needle]", "task.needle.judge=true", *GRID],
+            r"nothing is judged while training; .*needle\.judge=false",
+        ),
         (["eval_tasks=[longbench]"], r"eval_tasks=longbench: the task has no settings; .*task=\[longbench\]"),
         (["eval_tasks=[longbench_chat]"], "eval_tasks='longbench_chat' is not allowed: .*'heldout', 'needle'"),
         (["eval_tasks=[]"], "eval_tasks=.* is not allowed"),
@@ -124,4 +134,3 @@ def test_what_cannot_be_asked_is_refused_first(words: list[str], told: str, run_
     with pytest.raises(UserError, match=told):
         prepare_run(run_config(tmp_path / "run", "eval_every=2", *words), dry_run=True)
     assert not (tmp_path / "run").exists()
-
