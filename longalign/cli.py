@@ -98,7 +98,10 @@ _command("tokenize", "Encode raw conversations into one Arrow table, accounting 
 _command("group", "Plan which samples share a pack and which packs share a step.")
 _command("train", "Train on the plan; groups first if there is none. Ctrl-C saves a checkpoint.")
 _command("stats", "Show what tokenised data holds and lost, its lengths, and what each strategy makes of it.")
-_command("eval", "Measure a model: task=needle hides facts in long documents.")
+_command(
+    "eval",
+    "Measure a model or an endpoint: task=needle, retrieval, longbench_chat, longbench, heldout; or compare=[RUN,RUN].",
+)
 _command("chat", "Talk to a model: one answer with prompt=, else interactive.")
 _command("verify", "Check model, data and this machine: leaks, losses, stop tokens, rope, export. Exit 1 if one fails.")
 _command("plan", "Predict hours, tokens/s, memory and money of every strategy, from the lengths of your data.")

@@ -153,15 +153,19 @@ def strategies_table(report: dict[str, Any]) -> Table:
 
 
 def eval(config: Config, dry_run: bool) -> int:
+    if config.compare:
+        from longalign.evaluate import compare
+
+        return compare.run(config, dry_run)
     from longalign.evaluate import run
 
     return run.run(config, dry_run)
 
 
 def chat(config: Config, dry_run: bool) -> int:
-    from longalign import chat as module
+    from longalign.chat import run
 
-    return module.chat(config, dry_run)
+    return run.chat(config, dry_run)
 
 
 def verify(config: Config, dry_run: bool) -> int:

@@ -45,6 +45,9 @@ def beside(path: str, name: str) -> str:
 
 OmegaConf.register_new_resolver("bundled", lambda name: str(PACKAGE / "assets" / name), replace=True)
 OmegaConf.register_new_resolver("beside", beside, replace=True)
+OmegaConf.register_new_resolver(
+    "evaluated", lambda path, compare: "runs/compare" if compare else beside(path, "eval"), replace=True
+)
 
 
 # -- the schema, seen as dotted keys ----------------------------------------------------------------

@@ -79,9 +79,10 @@ class Client:
                 f"{self.section}.api_key_env={self.api_key_env}: this environment variable holds no key for "
                 f"{self.base_url}; export it, or {self.section}.api_key_env=null for a server that asks for none"
             )
+        self._key = key.strip()
         # The library itself retries 408, 409, 429 (as late as Retry-After says), 5xx, time-outs and lost connections.
         self._api = openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=key.strip(), timeout=self.timeout_s, max_retries=self.retries
+            base_url=self.base_url, api_key=self._key, timeout=self.timeout_s, max_retries=self.retries
         )
         self._slots = asyncio.Semaphore(self.concurrency)
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -101,13 +102,22 @@ class Client:
         self._lock.close()
         await self._api.close()
 
-    async def ask(self, messages: Messages) -> str:
-        """The model's reply, from the cache if it was given before. Raises NoReply, or UserError if none can be had."""
+    async def ask(self, messages: Messages, again: int = 0) -> str:
+        """The text of the model's reply. Raises NoReply, also where it is cut, refused or empty, and UserError."""
+        return _text(await self.reply(messages, again))
+
+    async def reply(self, messages: Messages, again: int = 0, max_tokens: int | None = None) -> dict[str, Any]:
+        """The model's reply, from the cache if it was given before: text, refusal, finish_reason and tokens.
+
+        again: the same request once more, whose reply is kept apart. max_tokens: instead of the client's own.
+        Raises NoReply if the request fails, or UserError if none can succeed.
+        """
         body: dict[str, Any] = {"model": self.model, "messages": messages}
         body |= {"temperature": self.temperature} if self.temperature is not None else {}
-        body |= {"max_tokens": self.max_tokens} if self.max_tokens is not None else {}
-        request = json.dumps([self.base_url, body, self.extra_body], sort_keys=True)
-        key = hashlib.sha256(request.encode()).hexdigest()
+        max_tokens = max_tokens or self.max_tokens
+        body |= {"max_tokens": max_tokens} if max_tokens is not None else {}
+        told = [self.base_url, body, self.extra_body, *([again] if again else [])]
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         file = self.cache / key[:2] / f"{key}.json"
         reply: dict[str, Any] | None = None
         async with self._locks[key]:  # the same question twice at once is asked once
@@ -123,7 +133,7 @@ class Client:
         self.usage.replies += 1
         self.usage.input_tokens += reply["input_tokens"]
         self.usage.output_tokens += reply["output_tokens"]
-        return _text(reply)
+        return reply
 
     async def map(self, function: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:
         """function(item) of every item, in order. As many run at a time as requests may, so that memory holds few."""
@@ -150,21 +160,31 @@ class Client:
             reply = await self._whole_reply(body)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             what = f"{self.section}.api_key_env={self.api_key_env}: the key"
-            raise UserError(f"{what} was refused ({_said(error)}) by {at}") from None
+            raise UserError(f"{what} was refused ({self._said(error)}) by {at}") from None
         except openai.NotFoundError as error:
-            raise UserError(f"{at}: no such model or address ({_said(error)})") from None
+            raise UserError(f"{at}: no such model or address ({self._said(error)})") from None
         except (openai.APIError, _Malformed) as error:
             if getattr(error, "code", None) == "insufficient_quota":
-                raise UserError(f"{at}: the account's quota is used up ({_said(error)})") from None
+                raise UserError(f"{at}: the account's quota is used up ({self._said(error)})") from None
             self._failures += 1
             if self._failures >= GIVE_UP_AFTER:
                 raise UserError(
-                    f"{at}: {self._failures} requests in a row failed, the last one with: {_said(error)}. "
+                    f"{at}: {self._failures} requests in a row failed, the last one with: {self._said(error)}. "
                     f"Replies so far are kept in {self.cache}; run again to go on"
                 ) from None
-            raise NoReply(f"request failed: {_kind(error)}", _said(error)) from error
+            raise NoReply(f"request failed: {_kind(error)}", self._said(error)) from error
         self._failures = 0
         return reply
+
+    def _said(self, error: Exception) -> str:
+        """The first words of an error, and of what caused it where the library says as little as "Connection error.".
+
+        Servers quote keys that they refuse: it is taken out.
+        """
+        said = " ".join(str(error).split())
+        if isinstance(error, openai.APIConnectionError) and error.__cause__:
+            said = f"{said} {error.__cause__}"
+        return (said.replace(self._key, "(the key)") if self.api_key_env else said)[:300]
 
     async def _whole_reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """The parts of a completion that matter. What is none is asked for again, which the library leaves to us."""
@@ -201,12 +221,6 @@ def _kind(error: Exception) -> str:
     if isinstance(error, openai.APITimeoutError):
         return "time-out"
     return "no connection" if isinstance(error, openai.APIConnectionError) else "malformed reply"
-
-
-def _said(error: Exception) -> str:
-    """The first words of an error, and of what caused it where the library says as little as "Connection error."."""
-    said = " ".join(str(error).split())[:300]
-    return f"{said} {error.__cause__}" if isinstance(error, openai.APIConnectionError) and error.__cause__ else said
 
 
 def _text(reply: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tok
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
+from longalign.train.answers import questions_of
 from longalign.train.heldout import heldout_packs
 
 
@@ -80,16 +81,25 @@ def _refuse(config: Config, problem: str) -> None:
 def check_data(config: Config) -> dict[str, Any]:
     """The data's manifest. Raises UserError if another tokenizer made it; warns of what is allowed but doubtful."""
     _, data = read_data(config.data_dir)
+    check_tokenizer(config, data)
+    if config.eval_every and "heldout" in config.eval_tasks:
+        heldout_packs(config)
+    if config.eval_every:
+        questions_of(config)
+    elif config.eval_tasks != ["heldout"]:
+        raise UserError(f"eval_tasks={config.eval_tasks} needs the steps between evaluations: eval_every=200")
+    if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
+        warn(message)
+    return data
+
+
+def check_tokenizer(config: Config, data: dict[str, Any]) -> None:
+    """Raises UserError if another tokenizer than the model's made the data of this manifest."""
     if tokenizer_hash(load_tokenizer(config)) != data["tokenizer_hash"]:
         raise UserError(
             f"data_dir={config.data_dir} was tokenised with {data['tokenizer']}, whose ids are not those of "
             f"model.tokenizer={config.model.tokenizer}; run `longalign tokenize` for this model"
         )
-    if config.eval_every:
-        heldout_packs(config)
-    if message := context_warning(load_config(config), config.max_length, config.model.rope.theta):
-        warn(message)
-    return data
 
 
 def check_run_folder(run: Path, config: Config) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BASE_URL = "^https?://[^@]+$"  # no user:password@, which would stand in logs and results
 
 
 def _as_list(value: Any) -> Any:
@@ -33,6 +34,7 @@ class Model(Strict):
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
     max_length: PositiveInt
+    endpoint: Annotated[str, Field(pattern=BASE_URL)] | None
     dtype: Literal["auto", "float32", "bfloat16"]
     attention: Literal["auto", "flash4", "flash3", "flash2", "varlen", "sdpa"]
     kernels: Literal["auto", "none"]
@@ -92,6 +94,17 @@ class Synthetic(Strict):
 class Price(Strict):
     input: Annotated[float, Field(ge=0)] | None
     output: Annotated[float, Field(ge=0)] | None
+
+
+class Api(Strict):
+    """How an OpenAI-compatible server is asked."""
+
+    model: str
+    api_key_env: str | None
+    extra_body: dict[str, Any]
+    timeout_s: Annotated[float, Field(gt=0)]
+    retries: Annotated[int, Field(ge=0)]
+    concurrency: PositiveInt
 
 
 class SelfInstruct(Strict):
@@ -162,19 +175,89 @@ class ShareGPT(Records):
 Conversations = Hub | Files | ShareGPT  # of others, see data/sources
 
 
+class Endpoint(Api):
+    base_url: Annotated[str, Field(pattern=BASE_URL)] | None
+
+
+class Judge(Api):
+    name: str
+    base_url: Annotated[str, Field(pattern=BASE_URL)]
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_output_tokens: PositiveInt | None
+    repeats: Annotated[int, Field(ge=1, le=100)]
+    attempts: Annotated[int, Field(ge=1, le=20)]
+    cache: str | None
+    price_per_million: Price
+
+
+class Generation(Strict):
+    context: PositiveInt | None
+    batch_tokens: PositiveInt
+    prefill_chunk_size: PositiveInt | None
+    cache: Literal["dynamic", "offloaded"]
+
+
 class Needle(Strict):
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     depths: Annotated[list[Fraction], Field(min_length=1)]
     documents: PositiveInt
-    haystack: str | None
+    needles: Annotated[int, Field(ge=1, le=50)]
+    haystack: Paths
     distractors: Annotated[int, Field(ge=0, le=100)]  # there are some 270 test facts
     without_document: bool
     max_new_tokens: PositiveInt
-    batch_tokens: PositiveInt
+    judge: bool
+
+
+RetrievalKind = Literal["single_key", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation"]
+
+
+class Retrieval(Strict):
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    kinds: Annotated[list[RetrievalKind], Field(min_length=1)]
+    samples: PositiveInt
+    keys: Annotated[int, Field(ge=1, le=50_000)] | None  # there are 51,612
+    values: Annotated[int, Field(ge=1, le=100)]
+    queries: Annotated[int, Field(ge=1, le=100)]
+    chains: Annotated[int, Field(ge=1, le=100)]
+    hops: Annotated[int, Field(ge=1, le=100)]
+    words: Annotated[int, Field(ge=1, le=20)]
+    haystack: Paths
+    max_new_tokens: PositiveInt
+    prompts: str | None
+
+
+class HeldOut(Strict):
+    path: str
+    limit: PositiveInt | None
+
+
+class LongBenchChat(Strict):
+    cases: str
+    few_shots: str | None
+    languages: Annotated[list[Literal["en", "zh"]], Field(min_length=1)]
+    limit: PositiveInt | None
+    max_new_tokens: PositiveInt
+    prompt: str | None
+
+
+class LongBench(Strict):
+    path: str
+    datasets: Annotated[list[str], Field(min_length=1)]
+    limit: PositiveInt | None
+    max_new_tokens: dict[Literal["qa", "summary"], PositiveInt]
+    prompts: str | None
 
 
 class Tasks(Strict):
+    heldout: HeldOut | None = None  # first: what it refuses is told before others have asked for hours
     needle: Needle | None = None
+    longbench_chat: LongBenchChat | None = None
+    longbench: LongBench | None = None
+    retrieval: Retrieval | None = None
+
+
+EvalTask = Literal["heldout", "needle", "retrieval", "longbench"]  # those that no judge is needed for
 
 
 class Verify(Strict):
@@ -207,6 +290,7 @@ class Config(Strict):
     cluster: Cluster
     source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
+    judge: Judge | None
 
     seed: Annotated[int, Field(ge=0)]
     shuffle: bool
@@ -233,6 +317,7 @@ class Config(Strict):
     deterministic: bool
     save_every: PositiveInt | None
     eval_every: PositiveInt | None
+    eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
     resume: str
     init_from: str | None
@@ -244,6 +329,11 @@ class Config(Strict):
     file: str | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
+
+    generation: Generation
+    endpoint: Endpoint
+    compare: Paths
+    compare_paper: bool
 
     verify: Verify
 

@@ -72,8 +72,8 @@ def main() -> None:
     table = Table(title="exact match on held-out documents and facts", title_justify="left", box=box.SIMPLE)
     for column in ("prompt tokens", "before", "after"):
         table.add_column(column, justify="right")
-    for length, score in new["by_length"].items():
-        table.add_row(f"{int(length):,}", f"{old['by_length'][length]:.2f}", f"{score:.2f}")
+    for length, found in new["by_length"].items():
+        table.add_row(f"{int(length):,}", f"{old['by_length'][length]['score']:.2f}", f"{found['score']:.2f}")
     table.add_row("all", f"{old['score']:.2f}", f"{new['score']:.2f}")
     table.add_row(
         "without the document", f"{old['score_without_document']:.2f}", f"{new['score_without_document']:.2f}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -47,6 +49,8 @@ class Api(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say, self.delay, self.faults = say, delay, []  # type: ignore[var-annotated]
         self.slow = 1.0  # seconds that "slow" takes
+        self.pause = 0.0  # seconds between the words of a streamed reply
+        self.models: list[dict[str, Any]] = []  # what GET /models lists
         self.hold_after: int | None = None  # so many requests are answered; those that come later get no reply, ever
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
@@ -66,6 +70,9 @@ class Api(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Api
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"object": "list", "data": self.server.models}), {})
 
     def do_POST(self) -> None:
         api = self.server
@@ -88,6 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "slow":
             time.sleep(api.slow)
             self.close_connection = True
+        elif json.loads(raw).get("stream") and fault in ("cut", None):
+            api.answered[raw] += 1
+            self._stream(api.say(json.loads(raw)["messages"][-1]["content"]), cut=fault == "cut")
         elif fault == "cut":
             self._send(200, json.dumps(completion("never whole"))[:50], {}, claimed=1000)
             self.close_connection = True
@@ -97,6 +107,28 @@ class Handler(BaseHTTPRequestHandler):
             api.answered[raw] += 1
             said = api.say(json.loads(raw)["messages"][-1]["content"])
             self._send(200, json.dumps(said), {})
+
+    def _stream(self, said: dict[str, Any], cut: bool) -> None:
+        """The reply word by word, then why it ended, then its usage; cut: it breaks off in the middle."""
+        base = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+        choice = said["choices"][0]
+        deltas = [{"content": word} for word in re.findall(r"\s*\S+", choice["message"]["content"])]
+        ends = [{"delta": delta, "finish_reason": None} for delta in deltas]
+        ends.append({"delta": {}, "finish_reason": choice["finish_reason"]})
+        rows = [{**base, "choices": [{"index": 0, **end}]} for end in ends]
+        rows.append({**base, "choices": [], "usage": said["usage"]})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Length", "1000000") if cut else self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # a client that was stopped
+            for row in rows[: len(rows) // 2] if cut else rows:
+                self.wfile.write(f"data: {json.dumps(row)}\n\n".encode())
+                self.wfile.flush()
+                time.sleep(self.server.pause)
+            if not cut:
+                self.wfile.write(b"data: [DONE]\n\n")
 
     def _send(self, status: int, text: str, headers: dict[str, str], claimed: int | None = None) -> None:
         body = text.encode()

@@ -13,6 +13,9 @@ NEEDS = {
     "hf": ["model.path=somewhere"],
     **{source: ["source.path=somewhere"] for source in ("hub", "files", "sharegpt")},
     "self_instruct": ["source.documents=somewhere", "source.model=m"],
+    **{judge: ["judge.model=m"] for judge in ("openai", "local")},
+    "longbench": ["task.longbench.path=somewhere"],
+    "longbench_chat": ["task.longbench_chat.cases=somewhere"],
 }
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
@@ -25,7 +28,9 @@ def test_every_command_composes(command: str) -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
     config = compose_config("train", [f"{group}={option}", *NEEDS.get(option, [])])
-    if group not in ("experiment", "task"):
+    if (group, option) == ("judge", "none"):
+        assert config.judge is None
+    elif group not in ("experiment", "task"):
         assert getattr(config, group).name == option
 
 
@@ -185,6 +190,14 @@ def test_every_key_has_a_default_in_yaml() -> None:
     composed = compose_config("train", []).model_dump()
     sources = [compose_config("train", [f"source={o}", *NEEDS.get(o, [])]).source for o in groups()["source"]]
     composed["source"] = {key: value for source in sources for key, value in source.model_dump().items()}
+    tasks = groups()["task"]
+    words = [
+        "judge=local",
+        f"task=[{','.join(tasks)}]",
+        *(word for o in ("local", *tasks) for word in NEEDS.get(o, [])),
+    ]
+    full = compose_config("train", words)
+    composed |= {"task": full.task.model_dump(), "judge": full.judge and full.judge.model_dump()}
     for key in KEYS:
         value: object = composed
         for part in key.split("."):

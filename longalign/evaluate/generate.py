@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,51 +15,65 @@ from longalign.schema import Config
 
 
 class Generator:
-    """A model folder or hub name, loaded once. Raises UserError if it cannot be."""
+    """A model folder or hub name, loaded once, or `model`, one in memory. Raises UserError if it cannot be loaded."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, model: Any = None):
         self.device = resolve_device(config)
+        if config.generation.cache == "offloaded" and self.device == "cpu":
+            raise UserError("generation.cache=offloaded needs a GPU; a CPU holds keys and values in main memory anyway")
         self.template = load_template(config)
         self.tokenizer = self.template.tokenizer
-        self.model = load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
+        self.model = model or load_model(config, resolve_dtype(config, self.device)).to(self.device).eval()
         also = self.model.generation_config.eos_token_id  # GLM-4 ends an answer with the next role's token
         self.stops = sorted({*self.template.stop_ids, *([also] if isinstance(also, int) else also or [])})
         text_config = self.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.seed, self.temperature = config.seed, config.temperature
+        self.context: int | None = config.generation.context or getattr(text_config, "max_position_embeddings", None)
+        self.seed, self.temperature, self.settings = config.seed, config.temperature, config.generation
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         return self.template.prompt_ids(messages)
 
-    def check_fits(self, prompt: list[int], max_new_tokens: int) -> None:
-        """Raises UserError if prompt and answer exceed the model's context."""
-        if self.context is not None and len(prompt) + max_new_tokens > self.context:
-            raise UserError(
-                f"the prompt has {len(prompt):,} tokens and max_new_tokens={max_new_tokens}, but the model's context "
-                f"is {self.context:,}; shorten the document or set model.rope.theta and max_position_embeddings"
-            )
-
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers in it could not be trained on
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        width: int = 0,
+        synced: bool = False,
     ) -> list[list[int]]:
-        """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked."""
-        pad, longest = self.stops[0], max(map(len, prompts))
+        """Token ids of the answers, without the tokens that end them. Padding goes to the left and is masked.
+
+        A prompt of n tokens is run generation.prefill_chunk_size tokens at a time. Raises UserError out of memory.
+        synced: all ranks call this at once with the same `width`, the tokens that prompts are padded to at least, and
+        run equally often forward: as often as the one with the longest answer.
+        """
+        pad, longest = self.stops[0], max(width, *map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         torch.manual_seed(self.seed)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
         if not self.temperature:  # None, lest transformers warn of what a model's own generation_config carries
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        out = self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.stops,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
+        chunk = self.settings.prefill_chunk_size
+        try:
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=pad,
+                streamer=streamer,
+                prefill_chunk_size=chunk if chunk and chunk < longest else None,
+                cache_implementation=self.settings.cache,
+                synced_gpus=synced,
+                **sampling,
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {len(prompts)} prompts of {longest:,} tokens; lower generation.batch_tokens="
+                f"{self.settings.batch_tokens} or prefill_chunk_size={chunk}, or set generation.cache=offloaded"
+            ) from None
         answers = []
         for row in out[:, longest:].tolist():
             end = next((place for place, token in enumerate(row) if token in self.stops), len(row))
@@ -70,14 +84,15 @@ class Generator:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.lstrip() if self.template.name == "chatglm3" else text  # its answers begin with an empty line
 
-    def answers(self, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[tuple[int, str]]:
-        """(place in prompts, answer), longest prompts first, about `batch_tokens` prompt tokens at a time."""
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        while order:
-            size = max(1, batch_tokens // len(prompts[order[0]]))
-            batch, order = order[:size], order[size:]
-            for place, ids in zip(batch, self.generate([prompts[p] for p in batch], max_new_tokens), strict=True):
-                yield place, self.decode(ids)
+
+def batches(lengths: list[int], batch_tokens: int, most: int | None = None) -> list[list[int]]:
+    """Places of prompts, longest first, in batches of about `batch_tokens` tokens with padding, of `most` prompts."""
+    order, found = sorted(range(len(lengths)), key=lambda place: -lengths[place]), []
+    while order:
+        size = max(1, min(batch_tokens // lengths[order[0]], most or len(order)))
+        found.append(order[:size])
+        order = order[size:]
+    return found
 
 
 class Stream(BaseStreamer):

@@ -1,15 +1,12 @@
-"""The loss on held-out samples while a run trains (eval_every): on the live weights, without changing the run.
+"""The loss on held-out samples while a run trains (eval_tasks=[heldout]).
 
 tokenize leaves eval_fraction of the samples out of the training table, in DATA_DIR/eval. They are packed best-fit once;
-an evaluation runs every pack forward on some rank and writes one row to eval.jsonl:
-
-    step, loss_sequence, loss_token, loss_by_source, loss_by_length, sequences, targets, seconds
+an evaluation runs every pack forward on some rank.
 """
 
 from __future__ import annotations
 
-import json
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +22,27 @@ from longalign.model.cost import Cost, cost_of
 from longalign.model.loss import StepTotals
 from longalign.schema import Config
 from longalign.train.breakdown import Breakdown
-from longalign.train.metrics import open_metrics, read_metrics
-from longalign.train.micro import micro_steps
+from longalign.train.micro import MicroStep, micro_steps
 
 
-def heldout_packs(config: Config) -> tuple[Dataset, list[Pack]]:
-    """The held-out rows of data_dir and their packs. Raises UserError if there are none that can be used."""
+def heldout_packs(config: Config, limit: int | None = None) -> tuple[Dataset, list[Pack]]:
+    """The held-out rows of data_dir and packs of them, or of the first `limit` with a target.
+
+    Raises UserError if there are none that can be used.
+    """
     folder = Path(config.data_dir) / "eval"
     if not (folder / "manifest.json").is_file():
+        wanted, instead = f"eval_every={config.eval_every} but ", ", or set eval_every=null or other eval_tasks"
         raise UserError(
-            f"eval_every={config.eval_every} but data_dir={config.data_dir} has no held-out samples; "
-            "run `longalign tokenize` with eval_fraction=0.01, or set eval_every=null"
+            f"{wanted if config.eval_every else ''}data_dir={config.data_dir} has no held-out samples; run "
+            f"`longalign tokenize` with eval_fraction=0.01{instead if config.eval_every else ''}"
         )
     dataset, shape = read_data(str(folder))[0], read_data(config.data_dir)[1]["model_shape"]
     columns = read_columns(dataset)
-    usable = np.flatnonzero(columns.n_target > 0)
+    usable = np.flatnonzero(columns.n_target > 0)[:limit]
     if not len(usable):
         raise UserError(f"{folder} has no sample with a target; tokenize with a larger eval_fraction")
-    if (longest := columns.length.max()) > config.max_length:
+    if (longest := columns.length[usable].max()) > config.max_length:
         raise UserError(
             f"{folder} has a sample of {longest} tokens, max_length={config.max_length}; "
             "raise max_length or tokenize again with it"
@@ -56,46 +56,32 @@ def heldout_packs(config: Config) -> tuple[Dataset, list[Pack]]:
     return dataset, packs
 
 
-class HeldOut:
-    """The held-out packs of a run and its eval.jsonl, continued behind step `done`."""
+@torch.no_grad()
+def weighted_sums(model: Any, steps: Iterable[MicroStep]) -> list[float]:
+    """A sum over all steps and ranks of each column of weights. model: a WeightedLoss, or an engine around one."""
+    sums = torch.stack([model(batch, weights)[1].double() for batch, weights, _ in steps]).sum(0)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
-    def __init__(self, config: Config, n_steps: int, done: int):
-        assert config.eval_every is not None
-        self.config, self.every, self.n_steps = config, config.eval_every, n_steps
+
+class HeldOut:
+    """The held-out packs of a run."""
+
+    def __init__(self, config: Config):
+        self.config = config
         self.dataset, self.packs = heldout_packs(config)
         self.breakdown = Breakdown(self.dataset)
-        path = Path(config.output_dir or "") / "eval.jsonl"
-        self.last = max((row["step"] for row in read_metrics(path) if row["step"] <= done), default=0)
-        self.file = open_metrics(path, done) if dist.get_rank() == 0 else None
 
-    def is_due(self, step: int) -> bool:
-        """Every eval_every steps and after the last, once."""
-        return step > self.last and (step % self.every == 0 or step == self.n_steps)
-
-    def evaluate(self, engine: Any, step: int) -> None:
-        """Write the row for the weights after `step`; called by every rank.
-
-        Dropout is off and nothing is drawn, so the run goes on as if it had not been looked at.
-        """
-        began = time.monotonic()
+    def measure(self, engine: Any) -> dict[str, Any]:
+        """The columns of a row of eval.jsonl; called by every rank, with the model in eval mode."""
         counts, totals = self.breakdown.counts(self.packs), StepTotals.of(self.packs)
-        shares = torch.zeros(3 + len(counts), dtype=torch.float64, device=engine.device)
-        engine.module.eval()
-        with torch.no_grad():
-            for batch, weights, _ in micro_steps(self.dataset, self.packs, self.config, engine.device, self.breakdown):
-                shares += engine(batch, weights)[1]
-        engine.module.train()
-        dist.all_reduce(shares)
-        _, loss_sequence, loss_token, *by_group = shares.tolist()
-        self.last = step
-        if self.file:
-            row = {
-                "step": step,
-                "loss_sequence": loss_sequence,
-                "loss_token": loss_token,
-                **self.breakdown.rows(by_group, counts),
-                "sequences": totals.sequences,
-                "targets": totals.targets,
-                "seconds": round(time.monotonic() - began, 4),
-            }
-            self.file.write(json.dumps(row) + "\n")
+        steps = micro_steps(self.dataset, self.packs, self.config, engine.device, self.breakdown)
+        _, loss_sequence, loss_token, *by_group = weighted_sums(engine, steps)
+        return {
+            "loss_sequence": loss_sequence,
+            "loss_token": loss_token,
+            **self.breakdown.rows(by_group, counts),
+            "sequences": totals.sequences,
+            "targets": totals.targets,
+        }

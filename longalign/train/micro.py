@@ -36,7 +36,7 @@ def micro_steps(
     G, the number of groups whose losses are measured too, is 0 without a breakdown. With slice_tokens the documents of
     a micro-step run in slices of so many tokens, which may need no recomputation.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     totals, counts = StepTotals.of(packs), breakdown.counts(packs) if breakdown else torch.empty(0)
     dealt = deal([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
     for number, of_ranks in enumerate(dealt, start=1):

@@ -34,8 +34,8 @@ from longalign.schema import Config
 from longalign.train import checkpoint
 from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine, learning_rate
+from longalign.train.evaluation import Evaluation
 from longalign.train.export import export
-from longalign.train.heldout import HeldOut
 from longalign.train.metrics import cut_after, open_metrics, peak_memory_gb
 from longalign.train.micro import micro_steps
 
@@ -100,9 +100,9 @@ def train(config: Config) -> None:
     if start and rank == 0:
         cut_after(run / "eval.jsonl", done)
     metrics = open_metrics(run / "metrics.jsonl", done) if rank == 0 else None
-    heldout = HeldOut(config, n_steps, done) if config.eval_every else None
-    if heldout and heldout.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
-        heldout.evaluate(engine, done)
+    evaluation = Evaluation(config, engine, n_steps, done) if config.eval_every else None
+    if evaluation and evaluation.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
+        evaluation.evaluate(done)
     saved, stopped, began = done, 0, time.monotonic()
 
     with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
@@ -148,8 +148,8 @@ def train(config: Config) -> None:
                 saved, began = step, time.monotonic()
             if stopped and step < n_steps:
                 break
-            if heldout and heldout.is_due(step):
-                heldout.evaluate(engine, step)
+            if evaluation and evaluation.is_due(step):
+                evaluation.evaluate(step)
                 began = time.monotonic()
     if metrics:
         metrics.close()
