@@ -66,7 +66,7 @@ def measure(config: Config, model: Local | Endpoint) -> dict[str, Any]:
     lm, device = model.generator.model, model.generator.device
     breakdown = Breakdown(dataset, per_token=True)
     own_attention = lm.config._attn_implementation
-    attention.install(lm, attention.choose_backend(config.model.attention, device)[0])
+    attention.install(lm, attention.backend_of(config, lm.config, device)[0])
     try:
         with Bar("heldout", StepTotals.of(packs).sequences, "samples") as bar:
             steps = micro_steps(dataset, packs, config, torch.device(device), breakdown)
