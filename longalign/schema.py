@@ -30,6 +30,7 @@ class Rope(Strict):
 class Model(Strict):
     name: str
     path: str
+    obtain: str | None
     tokenizer: str
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]

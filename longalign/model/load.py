@@ -25,10 +25,11 @@ from longalign.schema import Config
 RECORD = "longalign.json"  # beside an exported model: the template it was trained with
 
 
-def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
+def _load(config: Config, kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
     """kind.from_pretrained(path), with the usual failures told in one message."""
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"{setting}={path}: no such folder")
+        how = f"; {config.model.obtain}" if config.model.obtain and path == config.model.path else ""
+        raise UserError(f"{setting}={path}: no such folder{how}")
     try:
         return kind.from_pretrained(path, trust_remote_code=False, **kwargs)  # unset, transformers would ask
     except (OSError, ValueError, RuntimeError) as error:
@@ -43,7 +44,7 @@ def load_tokenizer(config: Config) -> Any:
     path = config.model.tokenizer
     if folder := original.find(path):
         return chatglm_tokenizer(folder / "tokenizer.model")
-    tokenizer = _load(LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer, path, "model.tokenizer")
+    tokenizer = _load(config, LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer, path, "model.tokenizer")
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
         said = "a space before every segment" if tokenizer.legacy else "no space before later segments, as Llama-2"
         note(f"model.tokenizer={path}: legacy={str(tokenizer.legacy).lower()} ({said}; tokenizer_config.json decides)")
@@ -98,7 +99,7 @@ def _told_config(config: Config) -> Any:
                 "LongAlign-6B was trained with model.rope.theta=2000000"
             )
         return glm_config(read_json(folder / "config.json"))
-    hf = glm_config(read_json(folder / "config.json")) if folder else _load(AutoConfig, path, "model.path")
+    hf = glm_config(read_json(folder / "config.json")) if folder else _load(config, AutoConfig, path, "model.path")
     base = (getattr(hf.get_text_config(), "rope_parameters", None) or {}).get("rope_theta")
     if base and theta not in (None, base):
         note(f"model.rope.theta={theta:.12g} replaces the rotary base {base:.12g} of model.path={path}")
@@ -167,7 +168,9 @@ def load_model(config: Config, dtype: torch.dtype) -> Any:
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     else:
         setting, path = weights_of(config)
-        model, found = _load(AutoModelForCausalLM, path, setting, config=hf, dtype=dtype, output_loading_info=True)
+        model, found = _load(
+            config, AutoModelForCausalLM, path, setting, config=hf, dtype=dtype, output_loading_info=True
+        )
         if lost := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
             raise UserError(f"{setting}={path} lacks {len(lost)} weights of this model, among them {lost[0]}")
     restore_inv_freq(model)
