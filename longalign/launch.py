@@ -25,7 +25,14 @@ from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
 from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
-from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, count_parameters
+from longalign.preflight import (
+    check_data,
+    check_disk,
+    check_memory,
+    check_run_folder,
+    check_sequence_parallel,
+    count_parameters,
+)
 from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -52,9 +59,11 @@ def resolve(config: Config) -> Config:
     absolute = lambda path: str(Path(path).expanduser().absolute())
     local = lambda path: absolute(path) if path and Path(path).expanduser().exists() else path
     model = {"path": local(config.model.path), "tokenizer": local(config.model.tokenizer)}
+    cluster = config.cluster.model_copy(update={"device": device, "processes": processes})
+    check_sequence_parallel(config.model_copy(update={"cluster": cluster}))
     return config.model_copy(
         update={
-            "cluster": config.cluster.model_copy(update={"device": device, "processes": processes}),
+            "cluster": cluster,
             "model": config.model.model_copy(update=model),
             "data_dir": absolute(config.data_dir),
             "output_dir": absolute(config.output_dir),
@@ -73,11 +82,13 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
     steps = steps_to_train(manifest["steps"], config)
     backend, why = attention.backend_of(config, load_config(config), config.cluster.device)
-    ranks = int(config.cluster.processes)
-    packs = plan.step(1)
-    if len(packs) < ranks:
-        idle = idle_share([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
-        warn(f"{len(packs)} packs per step on {ranks} ranks: {idle:.0%} of the time is idle; raise packs_per_step")
+    ranks, together = int(config.cluster.processes), config.cluster.sequence_parallel
+    packs, groups = plan.step(1), ranks // together
+    if len(packs) < groups:
+        idle = idle_share([p.cost for p in packs], groups, config.cluster.packs_per_micro_step)
+        who = f"{groups} ranks" if together == 1 else f"{groups} groups of {together} ranks"
+        warn(f"{len(packs)} packs per step on {who}: {idle:.0%} of the time is idle; raise packs_per_step")
+    shared = f", {together} ranks run a pack together (sequence parallelism)" if together > 1 else ""
     dtype = str(resolve_dtype(config, config.cluster.device)).removeprefix("torch.")
     return [
         ("model", f"{config.model.path}, {parameters:,} parameters, {dtype}"),
@@ -90,7 +101,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
         ("attention", f"{backend}: {why}"),
-        ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"),
+        ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}{shared}"),
         ("output", str(run)),
         ("worker", " ".join(worker_command(run))),
     ]

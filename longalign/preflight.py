@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from math import gcd
+
 import psutil
 import torch
 
 from longalign.data.plan import read_data
 from longalign.errors import UserError
 from longalign.files import human, require_disk
+from longalign.model.cost import shape_of
 from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tokenizer_hash
 from longalign.model.rope import context_warning
 from longalign.progress import warn
@@ -25,6 +28,20 @@ def count_parameters(config: Config) -> int:
     hf = load_config(config)
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(hf).parameters())
+
+
+def check_sequence_parallel(config: Config) -> None:
+    """Raises UserError if the processes of a host, or the model's query heads, cannot be shared out."""
+    degree, processes = config.cluster.sequence_parallel, int(config.cluster.processes)
+    if degree == 1:
+        return
+    heads = shape_of(load_config(config))["heads"]
+    if processes % degree or heads % degree:
+        allowed = [str(n) for n in range(1, gcd(heads, processes) + 1) if gcd(heads, processes) % n == 0]
+        raise UserError(
+            f"cluster.sequence_parallel={degree} must divide cluster.processes={processes} and the model's {heads} "
+            f"query heads; allowed: {', '.join(allowed)}"
+        )
 
 
 def memory_needs(config: Config, parameters: int) -> tuple[float, float]:

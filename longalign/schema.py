@@ -71,6 +71,7 @@ class Cluster(Strict):
     offload_optimizer: bool
     offload_param: bool
     packs_per_micro_step: PositiveInt
+    sequence_parallel: PositiveInt
     deepspeed: dict[str, Any]
     env: dict[str, Annotated[str, BeforeValidator(str)]]
 

@@ -54,7 +54,9 @@ def train_step(
 
     Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
-    nothing is divided by the number of micro-steps.
+    nothing is divided by the number of micro-steps. Sequence parallelism changes none of this: the step's loss is still
+    the sum of the ranks' shares, each of its own targets, and its gradient the sum of what the ranks' weights receive:
+    the exchanges around attention carry back to every rank what other ranks' targets owe to its tokens.
     """
     shares: torch.Tensor | float = 0.0
     keep: Activations = engine.activations

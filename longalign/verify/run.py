@@ -155,6 +155,8 @@ def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterato
     yield models.check_reload(ours, reloaded)
     yield models.check_packed(ours, alone, truth)
     where = f"engine, {ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"
+    if config.cluster.sequence_parallel > 1:
+        where += f", sequence parallel {config.cluster.sequence_parallel}"
     for seen, place in ((ours.losses, "this process"), (step["losses"], where)):
         yield models.check_losses(seen, alone.losses, average, dtype, place)
     yield models.check_gradient(step["grad_norm"], alone, dtype, where)
@@ -212,7 +214,8 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
     name, ranks = "1 rank = all ranks", int(config.cluster.processes)
     if ranks == 1:
         return not_run(name, "one process here; cluster.processes=2 compares two on a CPU")
-    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"processes": 1})})
+    one_process = config.cluster.model_copy(update={"processes": 1, "sequence_parallel": 1})
+    alone = config.model_copy(update={"cluster": one_process})
     try:
         check_memory(alone, count_parameters(config))
         one = engine_step(alone, scratch, None)
