@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from math import gcd
 from pathlib import Path
 from typing import Any
-
-from math import gcd
 
 import psutil
 import torch

@@ -23,6 +23,7 @@ from tests.conftest import launch_all
 from tests.train.gradients import FILE, SCALARS, checked_steps
 from tests.train.plain import MAX_LENGTH, SHAPES, odd_data, plain, rounded_model
 
+WORKER = [str(Path(__file__).with_name("gradients.py"))]
 TOLERANCE = 1e-5  # float32 against float64
 STRATEGIES = {
     "naive": ["strategy=naive", "strategy.batch_size=5"],
@@ -102,14 +103,16 @@ def of_all_steps(errors: dict[str, float]) -> dict[str, float]:
     return tensors | {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()}
 
 
-def check(layouts: Sequence[Layout], config_of: Callable[..., Config], folder: Path) -> None:
+def check(
+    layouts: Sequence[Any], config_of: Callable[..., Config], folder: Path, worker: Sequence[str] = WORKER
+) -> None:
     """Run the layouts, which have one number of processes, and hold everything that they yield against the truth.
 
     float32: every relative error is at most 1e-5. bfloat16: at most twice that of plain transformers in bfloat16, one
     sample at a time, on torch's own attention (transformers' eager one rounds more and would allow more).
     """
     configs = [config_of(folder, layout) for layout in layouts]
-    assert launch_all(configs, folder, worker=[str(Path(__file__).with_name("gradients.py"))]) == 0
+    assert launch_all(configs, folder, worker=worker) == 0
     rows: list[tuple[float, float, str]] = []  # relative error, allowed, of what
     for layout, config in zip(layouts, configs, strict=True):
         truth = reference(config, torch.float64, "eager")
@@ -129,6 +132,8 @@ def show(rows: list[tuple[float, float, str]]) -> None:
     """Print how many comparisons there were, and which came closest to what is allowed."""
     for dtype, scalar in itertools.product(("float32", "bfloat16"), (True, False)):
         mine = [row for row in rows if dtype in row[2] and row[2].endswith(SCALARS) == scalar]
+        if not mine:
+            continue
         error, allowed, name = max(mine, key=lambda row: row[0] / row[1])
         kind = "losses and norms" if scalar else "gradients"
         print(f"{len(mine):6} {kind:16} {error:.1e} <= {allowed:.1e} at most, in {name}")
