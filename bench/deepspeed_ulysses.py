@@ -114,6 +114,7 @@ for told in (False, True):  # in this order: DeepSpeed remembers an mpu
             engine.backward(engine())
             found = {name: safe_get_full_grad(p).clone() for name, p in engine.module.model.named_parameters()}
             factors = torch.stack([(found[n] * wanted[n]).sum() / wanted[n].square().sum() for n in wanted])
-            say(f"ZeRO-{stage} reduce_scatter={scatter} mpu={told}: {factors.min():.4f} to {factors.max():.4f} of the sum")
+            factor = f"{factors.min():.4f} to {factors.max():.4f}"
+            say(f"ZeRO-{stage} reduce_scatter={scatter} mpu={told}: {factor} of the sum")
             engine.destroy()
 dist.destroy_process_group()

@@ -133,7 +133,7 @@ def _in_slices(
 
 
 def _exchanged(shape: dict[str, int], ranks: int) -> float:
-    """Bytes that a pass sends to other ranks of its group, a token: q, k, v and attention's output, all layers, bf16."""
+    """Bytes that a pass sends to other ranks, a token: q, k, v and attention's output of all layers, bf16."""
     heads = 2 * shape["heads"] + 2 * lcm(shape["kv_heads"], ranks)  # see model/ulysses.py
     return 2 * shape["layers"] * heads * shape["head_dim"] * (ranks - 1) / ranks
 

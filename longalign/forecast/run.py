@@ -249,6 +249,8 @@ def advice(config: Config, documents: list[int]) -> str:
 def table(report: dict[str, Any]) -> Table:
     about = "" if report["gpu_measured"] else ", rates scaled from the H200's"
     about += f", corrected by {report['probe']:.2f} measured here" if report["probe"] else ""
+    if (together := report["sequence_parallel"]) > 1:
+        about = f", {together} run a pack together{about}"
     made = Table(title=f"{report['ranks']} x {report['gpu']}{about}", title_justify="left", box=box.SIMPLE)
     made.add_column("strategy")
     for column in ("steps", "s/step", "tokens/s/GPU", "idle", "peak GiB", "hours", "cost"):

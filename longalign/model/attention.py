@@ -123,9 +123,7 @@ def packed_attention(
     return torch.cat(out)
 
 
-def install(
-    model: Any, backend: Backend, deterministic: bool = False, group: dist.ProcessGroup | None = None
-) -> None:
+def install(model: Any, backend: Backend, deterministic: bool = False, group: dist.ProcessGroup | None = None) -> None:
     """Make a transformers model use `packed_attention`. Raises UserError for models it would be wrong for.
 
     group: the ranks that run a pack together, each its own tokens of it (ulysses.py).

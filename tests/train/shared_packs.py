@@ -3,6 +3,8 @@
 RUN/leak.safetensors: for documents that ranks run together, `before` [D] holds each document's summed loss, `after`
 [D, D] the same with another document a (row a) in place of the first, and `joined` [2, D] what documents 0 and 1
 give if no border stands between them, before and after a change of document 0.
+
+Logits are made for 4 targets at a time, so that ranks have unlike numbers of chunks, as real packs have of 2,048.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from longalign.data.batch import Batch, concatenate, share
+from longalign.model import loss
 from longalign.schema import Config
 from longalign.train import worker
 from longalign.train.engine import build_engine
@@ -60,5 +63,6 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    loss.CHUNK = 4
     worker.train = run  # what main() calls for each run, with the processes set up
     sys.exit(worker.main(sys.argv[1:]))

@@ -167,6 +167,7 @@ def test_some_layouts(processes: int, config_of: Callable[..., Config], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.grid
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_all_layouts(processes: int, config_of: Callable[..., Config], tmp_path: Path) -> None:
     check(with_bfloat16(GRID, processes), config_of, tmp_path)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longalign import commands
+from longalign.config import compose_config
 from longalign.data.batch import share
 from longalign.errors import UserError
 from longalign.launch import prepare_run, resolve
@@ -25,6 +27,7 @@ from tests.train.shared_packs import LENGTHS
 from tests.train.test_gradients import STRATEGIES, check
 from tests.train.test_gradients import config_of as config_of  # a fixture
 
+PARTITIONED = "cluster.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"  # as large weights are
 WORKER = [str(Path(__file__).with_name("shared_packs.py"))]
 Make = Callable[..., Config]
 
@@ -44,6 +47,7 @@ class Layout(NamedTuple):
     def words(self) -> list[str]:
         return [
             *STRATEGIES["packing"],
+            PARTITIONED,
             "cluster.processes=2",
             "cluster.sequence_parallel=2",
             f"cluster.zero_stage={self.zero_stage}",
@@ -113,7 +117,9 @@ def test_ranks_hold_the_pack_between_them(lengths: tuple[int, ...], ranks: int) 
     predicting = [int(row[at - 1]) for row in ids for at in range(1, len(row))]
     found = [(piece.input_ids[0][piece.target_rows], piece.target_ids) for piece, _ in pieces]
     assert torch.cat([tokens for tokens, _ in found]).tolist() == predicting
-    assert torch.cat([targets for _, targets in found]).tolist() == [int(row[at]) for row in ids for at in range(1, len(row))]
+    assert torch.cat([targets for _, targets in found]).tolist() == [
+        int(row[at]) for row in ids for at in range(1, len(row))
+    ]
     assert torch.equal(torch.cat([mine for _, mine in pieces]), weights)
 
 
@@ -137,3 +143,10 @@ def test_a_dry_run_tells(run_config: Make, tmp_path: Path, capsys: pytest.Captur
     assert "idle" not in capsys.readouterr().err, "two packs keep two groups busy"
     prepare_run(run_config(tmp_path / "run", *words, "strategy.packs_per_step=1"), dry_run=True)
     assert "1 packs per step on 2 groups of 2 ranks: 50% of the time is idle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "chat", "bench"])
+def test_commands_of_one_process_say_that_they_share_nothing(command: str, base_words: list[str]) -> None:
+    config = compose_config(command, [*base_words, "cluster.sequence_parallel=2"])
+    with pytest.raises(UserError, match=f"sequence_parallel=2: {command} runs in one process"):
+        getattr(commands, command)(config, dry_run=True)
