@@ -42,7 +42,7 @@ class HostLayer(DynamicLayer):
         rows, *row = tensor_TBKD.shape
         assert rows <= self.capacity
         buffer_TBKD = self.host.buffer((self.number, place), (self.capacity, *row), tensor_BKTD)
-        buffer_TBKD[self.rows : rows].copy_(tensor_TBKD[self.rows : rows - 1].contiguous(), non_blocking=True)
+        buffer_TBKD[self.rows : rows].copy_(tensor_TBKD[self.rows :].contiguous(), non_blocking=True)
         return buffer_TBKD[:rows].permute(1, 2, 0, 3)
 
     def prefetch(self) -> None:
