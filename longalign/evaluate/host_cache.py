@@ -31,7 +31,8 @@ class HostLayer(DynamicLayer):
         self.written = torch.cuda.Event() if torch.cuda.is_available() else None
 
     def offload(self) -> None:
-        assert self.keys is not None and self.values is not None, "offload follows update"
+        assert self.keys is not None, "offload follows update"
+        assert self.values is not None
         self.keys, self.values = self._to_host(0, self.keys), self._to_host(1, self.values)
         self.rows = self.keys.shape[-2]
         if self.written is not None:
