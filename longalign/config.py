@@ -208,7 +208,7 @@ def compose_config(command: str, words: list[str], config_dir: str | None = None
 
 
 def unused_key(error: Exception, config_dir: str | None) -> str | None:
-    """What to say of a key that exists, but in another option of its group than the chosen one; None for other errors."""
+    """What to say of a key that stands in another option of its group than the chosen one; None for other errors."""
     found = re.search(r"Could not override '((\w+)\.[\w.]+)'", str(error))
     options = groups(config_dir).get(found[2], []) if found else []
     if found is None or not options:
