@@ -273,7 +273,7 @@ class Bench(Strict):
     warm_up: Annotated[int, Field(ge=0)]
     repeat: PositiveInt
     step_packs: PositiveInt | None
-    peer: Literal["trl"] | None
+    peer: Annotated[list[Literal["trl", "trl-defaults"]], BeforeValidator(_as_list)]
 
 
 class Forecast(Strict):
