@@ -64,7 +64,7 @@ def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIX
 
 
 def _beside_prepared(file: Path) -> bool:
-    """Whether `prepare` wrote it beside a NAME.jsonl: NAME_dropped.jsonl (what it left out) or NAME.json (its counts)."""
+    """Whether `prepare` wrote it beside NAME.jsonl: NAME_dropped.jsonl (what it left out) or NAME.json (its counts)."""
     name = file.name.removesuffix("_dropped.jsonl").removesuffix(".json")
     data, counts = file.with_name(f"{name}.jsonl"), file.with_name(f"{name}.json")
     return name != file.name and data.is_file() and counts.is_file()
