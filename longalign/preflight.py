@@ -6,7 +6,6 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from longalign.data.plan import read_data
@@ -14,6 +13,7 @@ from longalign.errors import UserError
 from longalign.files import human, require_disk
 from longalign.model.cost import shape_of
 from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tokenizer_hash
+from longalign.model.offload import free_host_memory
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
@@ -73,11 +73,10 @@ def check_disk(config: Config, run: Path, parameters: int) -> None:
 def check_memory(config: Config, parameters: int) -> None:
     """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns)."""
     device, host = memory_needs(config, parameters)
-    total = psutil.virtual_memory().total
-    if host > total:
+    if host > (free := free_host_memory()):
         _refuse(
             config,
-            f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
+            f"weights, gradients and optimizer states need {human(host)} of memory, {human(free)} are free here; "
             "use more machines, a higher cluster.zero_stage or a smaller model",
         )
     if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
