@@ -43,7 +43,7 @@ def script(config: Config) -> str:
     lines = [f"#SBATCH {shlex.quote(word)}" for word in (*words, "--requeue", *cluster.slurm.options)]
     command = shlex.join([sys.executable, "-m", "longalign.cluster.slurm", f"{run}/config.yaml"])
     told = [
-        f"# {cluster.slurm.warn_s} s before the time limit Slurm sends USR1: the ranks save, and the job is queued again.",
+        f"# {cluster.slurm.warn_s} s before the time limit Slurm sends USR1: all ranks save, the job is queued again.",
         "# A preempted job gets TERM, saves, and is queued again by Slurm. Started again, it resumes.",
     ]
     return "\n".join(["#!/bin/bash", *lines, "", *told, *cluster.slurm.setup, f"exec {command}"]) + "\n"
