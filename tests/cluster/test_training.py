@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from longalign import launch
+from longalign.errors import UserError
 from longalign.schema import Config
 from longalign.train.metrics import read_metrics
 from tests.conftest import launch_all, longalign
@@ -136,6 +138,31 @@ exec {python} -m longalign.cluster.slurm {cwd}/run/config.yaml
 """
 
 
+SLURM = ["cluster=slurm", "cluster.device=cpu", "cluster.nodes=2", "cluster.processes=1", "cluster.slurm.partition=gpu"]
+SLURM += [
+    "cluster.slurm.time=1-00:00:00",
+    "cluster.slurm.warn_s=120",
+    "cluster.slurm.options=[--exclusive, --qos=high]",
+]
+SLURM += ["cluster.slurm.setup=['module() { :; }', 'module load cuda']", "cluster.env={GLOO_SOCKET_IFNAME: lo}"]
+
+
+def test_slurm_script_is_shown_and_needs_sbatch(
+    tmp_path: Path,
+    run_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    config = run_config(tmp_path / "run", *SLURM)
+    launch.dry_run(config)
+    assert capsys.readouterr().out == SCRIPT.format(cwd=tmp_path, python=shlex.quote(sys.executable))
+    with pytest.raises(UserError, match="sbatch, which is not on PATH here; --dry-run shows the script"):
+        launch.train(config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_slurm_job_trains_and_resumes_after_its_time_limit(
     tmp_path: Path, words: list[str], losses: list[float]
@@ -145,34 +172,10 @@ def test_slurm_job_trains_and_resumes_after_its_time_limit(
     for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("srun", SRUN)):
         (programs / name).write_text(text.format(folder=tmp_path))
         (programs / name).chmod(0o755)
-    slurm = [
-        "cluster=slurm",
-        "cluster.device=cpu",
-        "cluster.nodes=2",
-        "cluster.processes=1",
-        "cluster.slurm.partition=gpu",
-    ]
-    slurm += [
-        "cluster.slurm.time=1-00:00:00",
-        "cluster.slurm.warn_s=120",
-        "cluster.slurm.options=[--exclusive, --qos=high]",
-    ]
-    slurm += ["cluster.slurm.setup=['module() { :; }', 'module load cuda']", "cluster.env={GLOO_SOCKET_IFNAME: lo}"]
-    expected = SCRIPT.format(cwd=tmp_path, python=shlex.quote(sys.executable))
-
-    shown = longalign("train", *words, *slurm, "--dry-run", cwd=tmp_path)
-    assert (shown.returncode, shown.stdout) == (0, expected), shown.stderr
-    missing = longalign("train", *words, *slurm, cwd=tmp_path)
-    assert missing.returncode == 2
-    assert "sbatch, which is not on PATH" in missing.stderr
-    assert not (tmp_path / "run").exists()
-
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-    submitted = longalign("train", *words, *slurm, cwd=tmp_path, env=environment)
+    submitted = longalign("train", *words, *SLURM, cwd=tmp_path, env=environment)
     assert submitted.returncode == 0, submitted.stderr
     assert "submitted job 77: " in submitted.stderr
-    script = tmp_path / "run" / "slurm" / "job.sbatch"
-    assert script.read_text() == expected
     wait_for_step(tmp_path / "run", 2)
     job = psutil.Process(int((tmp_path / "job.pid").read_text()))
     job.send_signal(signal.SIGUSR1)
@@ -182,10 +185,10 @@ def test_slurm_job_trains_and_resumes_after_its_time_limit(
     assert 2 <= steps < STEPS
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
-    again = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_RESTART_COUNT": "1"}
-    done = subprocess.run(
-        ["bash", str(script)], cwd=tmp_path, env={**environment, **again}, capture_output=True, text=True
-    )
+    script = tmp_path / "run" / "slurm" / "job.sbatch"
+    job_words = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_RESTART_COUNT": "1"}
+    again = {**environment, **job_words}
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=again, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert_losses(tmp_path / "run", losses)
     assert (tmp_path / "run" / "model" / "config.json").is_file()
@@ -201,7 +204,12 @@ def test_torchrun_command_trains(tmp_path: Path, words: list[str], losses: list[
     done = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_losses(tmp_path / "run", losses)
-    other = longalign(
-        "train", *words, *torchrun, "cluster.nodes=2", "cluster.port=1234", "--dry-run", "overwrite=true", cwd=tmp_path
-    )
-    assert "--nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:1234" in other.stdout
+
+
+def test_torchrun_command_of_several_nodes(
+    tmp_path: Path, run_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["cluster=torchrun", "cluster.device=cpu", "cluster.processes=2", "cluster.nodes=2", "cluster.port=1234"]
+    launch.dry_run(run_config(tmp_path / "run", *words))
+    meeting = "--nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:1234"
+    assert meeting in capsys.readouterr().out
