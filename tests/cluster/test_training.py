@@ -18,7 +18,6 @@ from longalign import launch
 from longalign.errors import UserError
 from longalign.schema import Config
 from longalign.train.metrics import read_metrics
-from tests.conftest import launch_all, longalign
 from tests.train.test_resume import wait_for_step
 
 STEPS = 40
@@ -30,18 +29,25 @@ def words(base_words: list[str], data_dir: Path) -> list[str]:
     made = [word for word in base_words if not word.startswith("cluster=")]
     made += [f"data_dir={data_dir}", "strategy=packing", "strategy.packs_per_step=4", "cluster.zero_stage=2"]
     constant = ["lr=1e-3", "lr_final=1e-3", "warmup_ratio=0"]  # so that a longer run begins like a shorter one
-    return [*made, *constant, "epochs=100", f"max_steps={STEPS}", "save_every=null", "output_dir=run"]
+    return [*made, *constant, "epochs=100", f"max_steps={STEPS}", "save_every=null"]
 
 
 @pytest.fixture(scope="module")
-def losses(
-    tmp_path_factory: pytest.TempPathFactory, run_config: Callable[..., Config], words: list[str]
-) -> list[float]:
-    """Those of one process on one host."""
-    folder = tmp_path_factory.mktemp("one")
-    alone = [word for word in words if not word.startswith("output_dir=")]
-    assert launch_all([run_config(folder / "run", *alone)], folder) == 0
-    return [row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl")]
+def torchrun(tmp_path_factory: pytest.TempPathFactory, run_config: Callable[..., Config], words: list[str]) -> Path:
+    """A run of two processes on one host, prepared by us and started by torchrun."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    config = run_config(folder / "run", *words, "cluster=torchrun", "cluster.device=cpu", "cluster.processes=2")
+    config, _ = launch.prepare_run(config, dry_run=False)
+    command = shlex.split(launch.torchrun_command(config))
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def losses(torchrun: Path) -> list[float]:
+    """Those on one host; tests/train/test_layouts.py holds one host's processes against plain transformers."""
+    return [row["loss"] for row in read_metrics(torchrun / "metrics.jsonl")]
 
 
 def assert_losses(run: Path, wanted: list[float], at_least: int = STEPS) -> None:
@@ -81,7 +87,10 @@ def test_two_hosts_train_as_one_and_end_together(
     multinode = ["cluster=multinode", "cluster.device=cpu", "cluster.master_addr=10.77.0.1", "max_steps=300"]
     shell = ["cluster.remote_shell=ip netns exec {host} sh -c {command}", "cluster.env={GLOO_SOCKET_IFNAME: cable}"]
     process = subprocess.Popen(
-        [COMMAND, "train", *words, *multinode, *shell], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [COMMAND, "train", *words, *multinode, *shell, "output_dir=run"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for_step(tmp_path / "run", 4)
     workers = [
@@ -165,17 +174,22 @@ def test_slurm_script_is_shown_and_needs_sbatch(
 
 @pytest.mark.slow
 def test_slurm_job_trains_and_resumes_after_its_time_limit(
-    tmp_path: Path, words: list[str], losses: list[float]
+    tmp_path: Path,
+    words: list[str],
+    losses: list[float],
+    run_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("srun", SRUN)):
         (programs / name).write_text(text.format(folder=tmp_path))
         (programs / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-    submitted = longalign("train", *words, *SLURM, cwd=tmp_path, env=environment)
-    assert submitted.returncode == 0, submitted.stderr
-    assert "submitted job 77: " in submitted.stderr
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert launch.train(run_config(tmp_path / "run", *words, *SLURM)) == 0
+    assert "submitted job 77: " in capfd.readouterr().err
     wait_for_step(tmp_path / "run", 2)
     job = psutil.Process(int((tmp_path / "job.pid").read_text()))
     job.send_signal(signal.SIGUSR1)
@@ -187,7 +201,7 @@ def test_slurm_job_trains_and_resumes_after_its_time_limit(
 
     script = tmp_path / "run" / "slurm" / "job.sbatch"
     job_words = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "127.0.0.[1-2]", "SLURM_RESTART_COUNT": "1"}
-    again = {**environment, **job_words}
+    again = {**os.environ, **job_words}
     done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=again, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert_losses(tmp_path / "run", losses)
@@ -196,14 +210,11 @@ def test_slurm_job_trains_and_resumes_after_its_time_limit(
 
 
 @pytest.mark.slow
-def test_torchrun_command_trains(tmp_path: Path, words: list[str], losses: list[float]) -> None:
-    torchrun = ["cluster=torchrun", "cluster.device=cpu", "cluster.processes=2"]
-    prepared = longalign("train", *words, *torchrun, cwd=tmp_path)
-    assert prepared.returncode == 0, prepared.stderr
-    [command] = prepared.stdout.splitlines()
-    done = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert_losses(tmp_path / "run", losses)
+def test_torchrun_command_trains(torchrun: Path) -> None:
+    rows = read_metrics(torchrun / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (torchrun / "model" / "config.json").is_file()
 
 
 def test_torchrun_command_of_several_nodes(
