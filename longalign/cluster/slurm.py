@@ -39,8 +39,8 @@ def script(config: Config) -> str:
         "open-mode": "append",
         "signal": f"B:USR1@{cluster.slurm.warn_s}",
     }
-    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    lines = [f"#SBATCH {shlex.quote(word)}" for word in (*words, "--requeue", *cluster.slurm.options)]
+    words = [shlex.quote(f"--{name}={value}") for name, value in options.items() if value is not None]
+    lines = [f"#SBATCH {word}" for word in (*words, "--requeue", *cluster.slurm.options)]
     command = shlex.join([sys.executable, "-m", "longalign.cluster.slurm", f"{run}/config.yaml"])
     told = [
         f"# {cluster.slurm.warn_s} s before the time limit Slurm sends USR1: all ranks save, the job is queued again.",
