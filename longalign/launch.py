@@ -187,6 +187,10 @@ def train(config: Config) -> int:
         case "slurm":
             return slurm.submit(config)
         case "torchrun":
+            if replaced(run).is_dir():
+                warn(
+                    f"the run that this one replaces is kept in {replaced(run)}: delete it when this one has ended well"
+                )
             print(torchrun_command(config))
             return 0
 

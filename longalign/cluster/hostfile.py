@@ -41,7 +41,9 @@ def hosts_of(cluster: Cluster) -> list[str]:
 def count_nodes(cluster: Cluster) -> Cluster:
     """The cluster with `nodes`, and with a hostfile `processes`, as numbers. Raises UserError."""
     if cluster.launcher != "hostfile":
-        return cluster.model_copy(update={"nodes": 1}) if cluster.nodes == "auto" else cluster
+        if cluster.nodes == "auto":
+            raise UserError("cluster.nodes=auto counts the hosts of a hostfile (cluster=multinode); give the number")
+        return cluster
     slots = read_hostfile(cluster.hostfile)
     there = next(iter(slots.values()))
     nodes = len(slots) if cluster.nodes == "auto" else cluster.nodes

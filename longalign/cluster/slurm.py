@@ -95,6 +95,8 @@ def main(frozen: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # a signal while no rank had started yet
+        code = int(stop.code or 0)
     if timed_out and code == 143:
         subprocess.run(["scontrol", "requeue", job], check=True)
     return code

@@ -48,6 +48,7 @@ def test_layout(tmp_path: Path, run_config: Callable[..., Config]) -> None:
         ("cluster.nodes=4", "names 3 host"),
         ("cluster.processes=9", "has slots=8"),
         ("cluster=1gpu cluster.nodes=2", "cluster.nodes=2 needs cluster=multinode"),
+        ("cluster=slurm cluster.nodes=auto", "give the number"),
     ):
         with pytest.raises(UserError, match=said):
             layout(*wrong.split())
