@@ -37,6 +37,7 @@ STRATEGIES = {
     "packing, next-fit": ["strategy=packing", "strategy.packer=next_fit"],
     "packing, best-fit": ["strategy=packing"],
     "packing+weighting": ["strategy=packing+weighting"],
+    "balanced": ["strategy=balanced"],
 }
 
 

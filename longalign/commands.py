@@ -92,9 +92,12 @@ def group(config: Config, dry_run: bool) -> int:
 
 
 def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
+    """The epochs of a plan. balance: how busy so many ranks are that wait for the slowest at every micro-step."""
     title = f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs"
+    ranks = list(manifest["epochs"][0]["balance"])
+    balances = [f"balance, {n} ranks" for n in ranks]
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean"):
+    for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean", *balances):
         table.add_column(column, justify="right")
     for number, e in enumerate(manifest["epochs"]):
         table.add_row(
@@ -105,6 +108,7 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
             str(e["sequences_per_pack"]),
             f"{e['tokens_per_step']:,}",
             str(e["cost_max_over_mean"]),
+            *(f"{e['balance'][n]:.1%}" for n in ranks),
         )
     return table
 

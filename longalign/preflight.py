@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from longalign.data.plan import read_data
 from longalign.errors import UserError
 from longalign.files import human, require_disk
 from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tokenizer_hash
+from longalign.model.offload import free_host_memory
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
@@ -59,11 +59,10 @@ def check_memory(config: Config, parameters: int) -> None:
     if config.cluster.launcher in ("slurm", "torchrun"):
         return  # the run will be on other machines than this one
     device, host = memory_needs(config, parameters)
-    total = psutil.virtual_memory().total
-    if host > total:
+    if host > (free := free_host_memory()):
         _refuse(
             config,
-            f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
+            f"weights, gradients and optimizer states need {human(host)} of memory, {human(free)} are free here; "
             "use more machines, a higher cluster.zero_stage or a smaller model",
         )
     gpu = config.cluster.device == "cuda" and torch.cuda.is_available()

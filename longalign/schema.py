@@ -49,13 +49,15 @@ class DataNum(Strict):
 
 
 class Strategy(Strict):
-    name: Literal["naive", "sorted", "packing", "packing+weighting"]
+    name: Literal["naive", "sorted", "packing", "packing+weighting", "balanced"]
     average: Literal["sequence", "pack", "token"]
     batch_size: PositiveInt
     group_size: PositiveInt
     packs_per_step: PositiveInt
-    packer: Literal["best_fit", "next_fit"]
+    packer: Literal["best_fit", "next_fit", "spread"]
     window: PositiveInt
+    strata: PositiveInt
+    cost: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None
 
 
 class Mix(Strict):
@@ -295,7 +297,7 @@ class Bench(Strict):
     warm_up: Annotated[int, Field(ge=0)]
     repeat: PositiveInt
     step_packs: PositiveInt | None
-    peer: Literal["trl"] | None
+    peer: Annotated[list[Literal["trl", "trl-defaults"]], BeforeValidator(_as_list)]
 
 
 class Forecast(Strict):

@@ -54,7 +54,7 @@ def micro_steps(
 
 def _most(count: int, device: torch.device) -> int:
     """The largest count of any rank."""
-    if dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return count
     largest = torch.tensor(count, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
