@@ -117,7 +117,7 @@ def train(config: Config, dry_run: bool) -> int:
     from longalign import launch
 
     if dry_run:
-        launch.show(launch.prepare_run(config, dry_run=True)[1])
+        launch.dry_run(config)
         return 0
     return launch.train(config)
 

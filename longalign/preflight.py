@@ -49,14 +49,14 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     fp32 master weights, gradients and two Adam moments make 16 bytes a parameter, the bf16 copy 2. ZeRO shards
     them over ranks: optimizer states from stage 1 on, gradients from 2, weights from 3.
     """
-    cluster, ranks = config.cluster, int(config.cluster.processes)
+    cluster, ranks, here = config.cluster, config.cluster.ranks, int(config.cluster.processes)
     working = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8
     shard = lambda from_stage: ranks if cluster.zero_stage >= from_stage else 1
     weights, gradients = working * parameters / shard(3), 4 * parameters / shard(2)
     optimizer = (8 + 4 * (working == 2)) * parameters / shard(1)
     on_host = optimizer * cluster.offload_optimizer + weights * cluster.offload_param
     device = weights + gradients + optimizer - on_host
-    return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
+    return (0.0, (device + on_host) * here) if cluster.device == "cpu" else (device, on_host * here)
 
 
 def check_disk(config: Config, run: Path, parameters: int) -> None:
@@ -72,6 +72,8 @@ def check_disk(config: Config, run: Path, parameters: int) -> None:
 
 def check_memory(config: Config, parameters: int) -> None:
     """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns)."""
+    if config.cluster.launcher in ("slurm", "torchrun"):
+        return  # the run will be on other machines than this one
     device, host = memory_needs(config, parameters)
     if host > (free := free_host_memory()):
         _refuse(
@@ -79,7 +81,8 @@ def check_memory(config: Config, parameters: int) -> None:
             f"weights, gradients and optimizer states need {human(host)} of memory, {human(free)} are free here; "
             "use more machines, a higher cluster.zero_stage or a smaller model",
         )
-    if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
+    gpu = config.cluster.device == "cuda" and torch.cuda.is_available()
+    if gpu and device > (have := torch.cuda.get_device_properties(0).total_memory):
         _refuse(
             config,
             f"weights, gradients and optimizer states need {human(device)} on each GPU, which has {human(have)}; "

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from longalign.cluster.hostfile import count_nodes
 from longalign.config import compose_config, groups
 from longalign.data.packing import idle_share
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
@@ -144,11 +145,12 @@ def strategies(config: Config) -> dict[str, Strategy]:
 
 
 def ranks_of(config: Config) -> int:
-    """cluster.processes; for auto the GPUs of this machine, or the paper's 8 where there is none."""
+    """Processes of all nodes; for processes=auto the GPUs of this machine, or the paper's 8 where there is none."""
     import torch
 
-    wanted = config.cluster.processes
-    return (torch.cuda.device_count() or 8) if wanted == "auto" else int(wanted)
+    cluster = count_nodes(config.cluster)
+    here = (torch.cuda.device_count() or 8) if cluster.processes == "auto" else cluster.processes
+    return here * int(cluster.nodes)
 
 
 def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 def plan(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
     gpu, ranks = find_gpu(config), ranks_of(config)
-    cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks})
+    cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks, "nodes": 1})
     config, together = config.model_copy(update={"cluster": cluster}), cluster.sequence_parallel
     check_sequence_parallel(config)
     dataset, data = read_data(config.data_dir)
@@ -172,14 +172,14 @@ def forecast(
 def exchange(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
     """Seconds that a micro-step exchanges: ZeRO-3 gathers bf16 weights twice, from 2 on fp32 gradients are reduced."""
     stage = config.cluster.zero_stage
-    if int(config.cluster.processes) == 1 or stage < 2:
+    if config.cluster.ranks == 1 or stage < 2:
         return 0.0
     return parameters * (8 if stage == 3 else 4) / gpu.link
 
 
 def optimizer_seconds(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
     """Seconds of a step beyond its passes: AdamW reads and writes 38 bytes a parameter, on the GPU or the host."""
-    ranks = int(config.cluster.processes)
+    ranks = config.cluster.ranks
     if config.cluster.offload_optimizer:
         hosts = -(-ranks // 8)
         return parameters / hosts / CPU_ADAM + parameters / ranks * 6 / gpu.host
@@ -210,7 +210,7 @@ def probe(
 def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, parameters: int, room: float) -> str:
     """What to change so that the worst pack fits, the least first."""
     changes: list[dict[str, Any]] = [{}]
-    if int(config.cluster.processes) > 1 and config.cluster.zero_stage < 3:
+    if config.cluster.ranks > 1 and config.cluster.zero_stage < 3:
         changes.append({"cluster.zero_stage": 3})
     if not config.cluster.offload_optimizer:
         changes += [{**change, "cluster.offload_optimizer": True} for change in changes]

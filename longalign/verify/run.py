@@ -22,11 +22,13 @@ from rich import box
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longalign.cluster.workers import run_workers
 from longalign.config import to_yaml
 from longalign.data.plan import Plan, prepare_plan, read_data
 from longalign.data.template import Template
+from longalign.errors import UserError
 from longalign.files import disk_errors, read_json, require_disk, versions, write_json, write_text
-from longalign.launch import resolve, run_workers
+from longalign.launch import resolve
 from longalign.model import attention
 from longalign.model.load import load_config, load_model, load_template, load_tokenizer, resolve_dtype
 from longalign.preflight import check_data, check_memory, count_parameters
@@ -43,6 +45,8 @@ DEFECT = "this is a defect of longalign, please report it with verify.json"
 
 def verify(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
+    if config.cluster.launcher != "local":
+        raise UserError(f"verify runs on this machine alone: cluster=auto instead of cluster={config.cluster.name}")
     config = resolve(config)
     output, parameters = Path(config.output_dir or ""), count_parameters(config)
     data = check_data(config)
