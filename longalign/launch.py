@@ -33,7 +33,8 @@ from longalign.preflight import (
 )
 from longalign.progress import console, warn
 from longalign.schema import Cluster, Config
-from longalign.train import checkpoint
+from longalign.train import checkpoint, heartbeat
+from longalign.train.loggers import check_loggers
 from longalign.train.metrics import read_metrics
 
 # -- what a run will be ---------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     config = resolve(config)
     run = Path(config.output_dir or "")
     check_run_folder(run, config)
+    check_loggers(config)
     data = check_data(config)
     parameters = count_parameters(config)
     check_disk(config, run, parameters)
@@ -246,6 +248,8 @@ def finish(config: Config, start: Callable[[], int]) -> int:
         elif replaced(run).is_dir():
             warn(f"the run that this one was to replace is kept in {replaced(run)}")
     if code == 1:
+        if told := heartbeat.hung(run / "logs", config.cluster.ranks):
+            console.print(told, soft_wrap=True)
         console.print("resume=auto continues from the last checkpoint")
     return code
 

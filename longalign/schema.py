@@ -308,6 +308,24 @@ class Forecast(Strict):
     probe: bool
 
 
+class Wandb(Strict):
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: Words
+
+
+class Loggers(Strict):
+    tensorboard: bool = False
+    wandb: Wandb | None = None
+
+
+class Watch(Strict):
+    once: bool | Literal["auto"]
+    every_s: Annotated[float, Field(ge=0.1)]
+
+
 class Config(Strict):
     model: Model
     datanum: DataNum
@@ -316,6 +334,7 @@ class Config(Strict):
     source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
     judge: Judge | None
+    logger: Loggers
 
     seed: Annotated[int, Field(ge=0)]
     shuffle: bool
@@ -344,6 +363,8 @@ class Config(Strict):
     eval_every: PositiveInt | None
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
+    max_bad_steps: PositiveInt
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None
     resume: str
     init_from: str | None
     overwrite: bool
@@ -359,6 +380,8 @@ class Config(Strict):
     endpoint: Endpoint
     compare: Paths
     compare_paper: bool
+
+    watch: Watch
 
     verify: Verify
 

@@ -124,7 +124,7 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     folder = Path(record["output_dir"])
     if command == "train":
-        rows = read_metrics(folder / "metrics.jsonl")
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if not row.get("skipped")]
         return rows[-1] if rows else {}
     if command == "eval" and (folder / "results.json").is_file():
         return {name: task["score"] for name, task in read_json(folder / "results.json")["tasks"].items()}

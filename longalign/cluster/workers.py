@@ -15,6 +15,7 @@ from pathlib import Path
 
 from longalign.progress import console
 from longalign.schema import Config
+from longalign.train.heartbeat import DUMP
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TAIL = 4000  # bytes of a failed rank's log that are shown
@@ -86,6 +87,7 @@ def end(processes: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:
     deadline = time.monotonic() + grace
     for process in processes:
         if process.poll() is None:
+            process.send_signal(DUMP)  # where it stands goes to its stacks file
             process.terminate()
     for process in processes:
         try:

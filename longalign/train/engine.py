@@ -104,9 +104,10 @@ def build_engine(config: Config, ranks: int) -> Any:
     del zero3
 
     def clip() -> None:  # without ZeRO and in float32, DeepSpeed clips but forgets the norm it measured
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(
-            engine.module.parameters(), settings["gradient_clipping"]
-        )
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), settings["gradient_clipping"])
+        engine._global_grad_norm = norm
+        if not torch.isfinite(norm):
+            engine.zero_grad()  # as ZeRO does by itself; AdamW passes over weights without a gradient
 
     engine.clip_fp32_gradients = clip
     engine.activations = activations

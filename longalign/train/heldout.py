@@ -59,7 +59,7 @@ def heldout_packs(config: Config, limit: int | None = None, key: str = "data_dir
 @torch.no_grad()
 def weighted_sums(model: Any, steps: Iterable[MicroStep]) -> list[float]:
     """A sum over all steps and ranks of each column of weights. model: a WeightedLoss, or an engine around one."""
-    sums = torch.stack([model(batch, weights)[1].double() for batch, weights, _ in steps]).sum(0)
+    sums = torch.stack([model(batch, weights)[1].double() for batch, weights, *_ in steps]).sum(0)
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()

@@ -24,6 +24,7 @@ class MicroStep(NamedTuple):
     batch: Batch
     weights: torch.Tensor  # float32 [N, 3 + G], see WeightedLoss; 0 on a rank that has no pack left
     is_last: bool
+    sample_ids: list[int]  # of its packs, or of those that its slice is from
 
 
 def micro_steps(
@@ -48,15 +49,16 @@ def micro_steps(
         mine = [packs[p] for p in of_groups[group]]
         some = mine or [min(packs, key=lambda p: p.tokens)]  # a group without one runs the smallest with weight 0
         batch, weights = micro_batch(dataset, some, config.strategy.average, totals)
+        ids = [sample for pack in some for sample in pack.sample_ids]
         if breakdown:
-            ids = [sample for pack in some for sample in pack.sample_ids]
             weights = torch.cat([weights, breakdown.weights(batch, ids, counts)], dim=1)
         weights = weights * bool(mine)
         slices = cut(batch, weights, slice_tokens * together) if slice_tokens else [(batch, weights)]
         slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
         for count, whole in enumerate(slices, start=1):
             piece, its_weights = share(*whole, place, together)
-            yield MicroStep(piece.to(device), its_weights.to(device), number == len(dealt) and count == len(slices))
+            is_last = number == len(dealt) and count == len(slices)
+            yield MicroStep(piece.to(device), its_weights.to(device), is_last, ids)
 
 
 def _most(count: int, device: torch.device) -> int:
