@@ -122,6 +122,12 @@ def train(config: Config, dry_run: bool) -> int:
     return launch.train(config)
 
 
+def watch(config: Config, dry_run: bool) -> int:
+    from longalign.watch import run
+
+    return run.watch(config)
+
+
 def stats(config: Config, dry_run: bool) -> int:
     from longalign import stats as module
     from longalign.data.plan import read_data

@@ -26,7 +26,20 @@ from pydantic import BaseModel, ValidationError
 from longalign.errors import UserError
 from longalign.schema import Config
 
-COMMANDS = ("prepare", "tokenize", "group", "train", "stats", "eval", "chat", "verify", "plan", "bench", "convert")
+COMMANDS = (
+    "prepare",
+    "tokenize",
+    "group",
+    "train",
+    "watch",
+    "stats",
+    "eval",
+    "chat",
+    "verify",
+    "plan",
+    "bench",
+    "convert",
+)
 FREE_TEXT = {"prompt"}  # taken to the letter: neither Hydra quotes nor interpolations are read in them
 PACKAGE = Path(__file__).parent
 

@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +18,7 @@ from longalign.schema import Config
 from longalign.train import heartbeat
 from longalign.train.heartbeat import Heartbeat, main_thread, position
 from longalign.train.metrics import read_metrics
+from longalign.watch.state import Run
 from tests.train import faulty
 from tests.train.test_eval_tasks import GRID
 
@@ -34,11 +33,9 @@ class Runs:
 
     def __init__(self, folder: Path, make: Callable[..., Config]):
         self.run = folder / "run-hang"
-        began = time.monotonic()
         self.code, self.said = self._launch(make(self.run, *WORDS))
-        self.seconds = time.monotonic() - began
         self.rows, self.evals = (read_metrics(self.run / f"{name}.jsonl") for name in ("metrics", "eval"))
-        self.beats = heartbeat.read(self.run / "logs", 2)
+        self.beats, self.state = heartbeat.read(self.run / "logs", 2), Run(self.run).look()
         self.resumed = self._launch(make(self.run, *WORDS, "resume=auto"))
 
     def _launch(self, config: Config) -> tuple[int, str]:
@@ -66,6 +63,8 @@ def test_who_hangs_is_shown(runs: Runs) -> None:
     for rank in (0, 1):
         assert "Thread 0x" in (stacks := (runs.run / "logs" / f"rank-{rank}.stacks").read_text()) or not stacks
     assert [row["step"] for row in runs.rows] == [1, 2, 3]
+    assert (runs.state.how, runs.state.step, runs.state.checkpoint) == ("hung", 3, "step-000002")
+    assert "in sleep_for_ever" in runs.state.why
     assert {beat["host"] for beat in runs.beats.values()} == {os.uname().nodename}
 
 
@@ -101,7 +100,7 @@ def test_tensorboard_holds_every_row_once(runs: Runs) -> None:
     read = lambda name: [(event.step, event.value) for event in curves.Scalars(name)]
     rows, evals = (read_metrics(runs.run / f"{name}.jsonl") for name in ("metrics", "eval"))
     for column in ("loss", "loss_sequence", "grad_norm", "lr", "tokens_per_s", "skipped"):
-        assert read(f"train/{column}") == [(row["step"], pytest.approx(row[column], rel=1e-6)) for row in rows]
+        assert read(f"train/{column}") == [(row["step"], pytest.approx(float(row[column]), rel=1e-6)) for row in rows]
     for column in ("loss_by_source", "loss_by_length", "time"):
         for name in rows[0][column]:
             wanted = [(row["step"], pytest.approx(row[column][name], rel=1e-6)) for row in rows if name in row[column]]
@@ -134,14 +133,9 @@ with Heartbeat(Path(sys.argv[1]), rank=3, timeout_s=0.4) as heartbeat:
 """
 
 
-@pytest.fixture
-def hung(tmp_path: Path) -> Iterator[tuple[Path, Any]]:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=50)
-    yield tmp_path, done
-
-
-def test_time_limit(hung: tuple[Path, Any]) -> None:
-    logs, done = hung
+def test_time_limit(tmp_path: Path) -> None:
+    logs, command = tmp_path, [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert (done.stdout, done.returncode) == ("alive\n", 1), done.stderr
     beat = heartbeat.read(logs, 4)[3]
     assert position(beat) == "step 5, micro-step 2, backward"
