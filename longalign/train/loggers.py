@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -88,7 +89,7 @@ class WeightsAndBiases:
 
         assert config.logger.wandb
         self.record = run / "wandb" / "longalign.json"
-        new = {"id": wandb.util.generate_id()}
+        new = {"id": secrets.token_hex(4)}
         self.sent: dict[str, Any] = read_json(self.record) if self.record.is_file() else new
         self.record.parent.mkdir(exist_ok=True)
         try:

@@ -21,8 +21,8 @@ def watch(config: Config) -> int:
     def look() -> list[State]:
         return [runs.setdefault(path, Run(path)).look() for path in find_runs(folder)]
 
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 140)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    terminal = console.is_terminal and not console.is_dumb_terminal
     if config.watch.once is True or (config.watch.once == "auto" and not terminal):
         console.print(page(look()))
         return 0
