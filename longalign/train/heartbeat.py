@@ -33,7 +33,7 @@ class Heartbeat:
     """Of one rank. A context: leaving it by an exception records that as the run's end. timeout_s: None is no limit."""
 
     def __init__(self, logs: Path, rank: int, timeout_s: float | None):
-        self.timeout_s, self.watched = timeout_s, False
+        self.timeout_s, self.watched, self.armed = timeout_s, False, 0.0
         with disk_errors(logs, "output_dir"):
             logs.mkdir(parents=True, exist_ok=True)
             self.stacks = open(logs / f"rank-{rank}.stacks", "w")
@@ -56,8 +56,10 @@ class Heartbeat:
     def beat(self, phase: str, **where: Any) -> None:
         """The rank begins `phase`; where: what else is to be told, kept until told otherwise."""
         self._write(phase=phase, beats=self.now["beats"] + 1, **where)
-        if self.watched and self.timeout_s:
+        # Setting the timer takes 0.2 ms, and a beat may come every few: it may run from a beat a little earlier.
+        if self.watched and self.timeout_s and time.monotonic() - self.armed > min(1.0, self.timeout_s / 10):
             faulthandler.dump_traceback_later(self.timeout_s, file=self.stacks, exit=True)
+            self.armed = time.monotonic()
 
     def watch(self) -> None:
         """From now on the time between two beats is limited."""
@@ -78,7 +80,7 @@ class Heartbeat:
         self._write(ended=how)
 
     def _stop(self) -> None:
-        self.watched = False
+        self.watched, self.armed = False, 0.0
         faulthandler.cancel_dump_traceback_later()
 
     def _write(self, **changes: Any) -> None:

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ def check_loggers(config: Config) -> None:
     """Raises UserError if a package or a key is missing; called before any worker starts."""
     wanted = {"tensorboard": config.logger.tensorboard, "wandb": config.logger.wandb is not None}
     for name, is_wanted in wanted.items():
-        if is_wanted and find_spec(name) is None:
+        if is_wanted and not is_installed(name):
             raise UserError(f'logger={name} needs a package that is not installed: pip install "longalign[{name}]"')
     environment = {**os.environ, **config.cluster.env}
     if config.logger.wandb and environment.get("WANDB_MODE", "online") == "online":
@@ -40,6 +40,13 @@ def check_loggers(config: Config) -> None:
                 return
         if not environment.get("WANDB_API_KEY"):
             raise UserError("logger=wandb needs a key: set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later")
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def open_loggers(config: Config, done: int) -> list[Logger]:
@@ -85,6 +92,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run: Path, config: Config):
+        os.environ.setdefault("WANDB_SILENT", "true")  # the terminal is the progress bar's
         import wandb
 
         assert config.logger.wandb
