@@ -168,7 +168,8 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             if bad_steps.too_many:  # the weights are still those of the last good step
                 if bad_steps.last_good > saved:
                     saved = bad_steps.last_good
-                    checkpoint.save(engine, run / "checkpoints", saved, config.keep_last, about)
+                    with heartbeat.unwatched("checkpoint"):
+                        checkpoint.save(engine, run / "checkpoints", saved, config.keep_last, about)
                 raise bad_steps.error(saved)
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
                 with heartbeat.unwatched("checkpoint"):
@@ -233,8 +234,7 @@ def main(paths: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TooManyBadSteps as error:
-        if dist.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         leave()
         return 1
     leave()
