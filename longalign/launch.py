@@ -106,7 +106,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     check_disk(config, run, parameters)
     check_memory(config, parameters)
     if start := checkpoint.find(config):
-        checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
+        checkpoint.check(start, identity(config, data))
     if dry_run:
         shared = Path(config.data_dir) / "plans" / config.strategy.name
         with tempfile.TemporaryDirectory() as scratch:

@@ -321,6 +321,7 @@ class Config(Strict):
     eval_every: PositiveInt | None
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
+    keep_every: PositiveInt | None
     resume: str
     init_from: str | None
     overwrite: bool
