@@ -117,7 +117,7 @@ def train(config: Config, dry_run: bool) -> int:
     from longalign import launch
 
     if dry_run:
-        launch.show(launch.prepare_run(config, dry_run=True)[1])
+        launch.dry_run(config)
         return 0
     return launch.train(config)
 
@@ -161,12 +161,22 @@ def eval(config: Config, dry_run: bool) -> int:
         from longalign.evaluate import compare
 
         return compare.run(config, dry_run)
+    _runs_alone(config, "eval")
     from longalign.evaluate import run
 
     return run.run(config, dry_run)
 
 
+def _runs_alone(config: Config, command: str) -> None:
+    if config.cluster.sequence_parallel > 1:
+        raise UserError(
+            f"cluster.sequence_parallel={config.cluster.sequence_parallel}: {command} runs in one process, which has "
+            "none to share with; set cluster.sequence_parallel=1"
+        )
+
+
 def chat(config: Config, dry_run: bool) -> int:
+    _runs_alone(config, "chat")
     from longalign.chat import run
 
     return run.chat(config, dry_run)
@@ -185,6 +195,7 @@ def plan(config: Config, dry_run: bool) -> int:
 
 
 def bench(config: Config, dry_run: bool) -> int:
+    _runs_alone(config, "bench")
     from longalign.bench import run
 
     return run.bench(config, dry_run)

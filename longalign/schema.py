@@ -65,16 +65,39 @@ class Mix(Strict):
     max_samples: PositiveInt | None = None
 
 
+class Slurm(Strict):
+    partition: str | None
+    account: str | None
+    time: str | None
+    warn_s: PositiveInt
+    options: Words
+    setup: Words
+
+
 class Cluster(Strict):
     name: str
     device: Literal["auto", "cuda", "cpu"]
     processes: PositiveInt | Literal["auto"]
+    nodes: PositiveInt | Literal["auto"]
+    launcher: Literal["local", "hostfile", "slurm", "torchrun"]
+    hostfile: str
+    remote_shell: Annotated[str, Field(pattern=r"\{command\}")]
+    master_addr: str | None
+    port: Annotated[int, Field(ge=1, le=65535)] | None
+    pass_env: Words
+    slurm: Slurm
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool
     offload_param: bool
     packs_per_micro_step: PositiveInt
+    sequence_parallel: PositiveInt
     deepspeed: dict[str, Any]
     env: dict[str, Annotated[str, BeforeValidator(str)]]
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all hosts; after launch.resolve, when both are numbers."""
+        return int(self.processes) * int(self.nodes)
 
 
 class Synthetic(Strict):

@@ -3,7 +3,8 @@
 checkpoints/step-000200/   checkpoint.json            step, updates, plan, and the files with their sizes
                            rank-00000.bin, .json      the pieces (train/state.py) that a rank owned, and a checksum
 
-They are written by train/saver.py. What they hold does not depend on ranks or ZeRO stage: any run of the same plan goes on from them.
+They are written by train/saver.py. What they hold does not depend on ranks or ZeRO stage: any run of the same plan
+goes on from them.
 """
 
 from __future__ import annotations
@@ -122,9 +123,8 @@ def check(checkpoint: Path, plan: dict[str, Any]) -> int:
         raise UserError(f"{checkpoint} has the layout of an older longalign; init_from takes a model's weights alone")
     if record["plan"] != plan:
         changed = sorted(key for key in plan if record["plan"].get(key) != plan[key])
-        raise UserError(
-            f"{checkpoint} was written for another plan ({', '.join(changed)} changed); init_from takes the weights alone"
-        )
+        what = f"another plan ({', '.join(changed)} changed)"
+        raise UserError(f"{checkpoint} was written for {what}; init_from takes the weights alone")
     return int(record["step"])
 
 
@@ -132,7 +132,7 @@ def check(checkpoint: Path, plan: dict[str, Any]) -> int:
 
 
 def load(engine: Any, checkpoint: Path) -> None:
-    """Restore weights and optimizer states, whatever layout wrote them; called by every rank, which reads what it needs."""
+    """Restore weights and optimizer states, whatever layout wrote them. Called by every rank; each reads what it needs."""
     record = read_json(checkpoint / RECORD)
     saved: dict[str, list[tuple[int, int, int, np.ndarray]]] = {}  # name -> (start, stop, place in floats, file)
     for path in sorted(checkpoint.glob("rank-*.json")):
