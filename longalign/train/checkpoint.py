@@ -132,7 +132,7 @@ def check(checkpoint: Path, plan: dict[str, Any]) -> int:
 
 
 def load(engine: Any, checkpoint: Path) -> None:
-    """Restore weights and optimizer states, whatever layout wrote them. Called by every rank; each reads what it needs."""
+    """Restore weights and optimizer states, whatever layout wrote them. Called by every rank; each reads its part."""
     record = read_json(checkpoint / RECORD)
     saved: dict[str, list[tuple[int, int, int, np.ndarray]]] = {}  # name -> (start, stop, place in floats, file)
     for path in sorted(checkpoint.glob("rank-*.json")):
