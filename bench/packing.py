@@ -37,6 +37,8 @@ STRATEGIES = {
     "packing, next-fit": ["strategy=packing", "strategy.packer=next_fit"],
     "packing, best-fit": ["strategy=packing"],
     "packing+weighting": ["strategy=packing+weighting"],
+    "balanced": ["strategy=balanced"],
+    "balanced, 1.5x": ["strategy=balanced", f"strategy.pack_tokens={3 * MAX_LENGTH // 2}"],
 }
 
 

@@ -49,13 +49,16 @@ class DataNum(Strict):
 
 
 class Strategy(Strict):
-    name: Literal["naive", "sorted", "packing", "packing+weighting"]
+    name: Literal["naive", "sorted", "packing", "packing+weighting", "balanced"]
     average: Literal["sequence", "pack", "token"]
     batch_size: PositiveInt
     group_size: PositiveInt
     packs_per_step: PositiveInt
     packer: Literal["best_fit", "next_fit"]
     window: PositiveInt
+    strata: PositiveInt
+    pack_tokens: PositiveInt | None
+    cost: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]] | None
 
 
 class Mix(Strict):

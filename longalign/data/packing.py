@@ -1,6 +1,6 @@
 """Which samples share a pack and in which order packs are trained on: numpy in, numpy out.
 
-    lengths of all samples -> packs of one epoch (naive, sorted, packing)
+    lengths of all samples -> packs of one epoch (naive, sorted, packing, balanced)
 
 Every sample stands in exactly one pack, and the same seed gives the same packs.
 """
@@ -8,10 +8,12 @@ Every sample stands in exactly one pack, and the same seed gives the same packs.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
 
+from longalign.model.cost import Cost
 from longalign.schema import Strategy
 
 
@@ -20,6 +22,9 @@ class Packs(NamedTuple):
 
     samples: np.ndarray  # int64, places in `lengths`
     offsets: np.ndarray  # int64 [packs + 1]
+
+
+TOKENS = Cost(1.0, 0.0)  # where nothing is known of the model
 
 
 # -- strategies: one epoch's packs, in training order -----------------------------------------------------
@@ -95,8 +100,64 @@ def best_fit(lengths: np.ndarray, max_length: int, order: np.ndarray, window: in
     return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
 
 
-def shuffle_packs(packs: Packs, rng: np.random.Generator) -> Packs:
-    order = rng.permutation(len(packs.offsets) - 1)
+def equal_cost(
+    lengths: np.ndarray, cost: Cost, pack_tokens: int, target: float, order: np.ndarray, window: int
+) -> Packs:
+    """Packs of like cost: the costliest sample left goes into the cheapest pack with room (longest processing time
+    first), within windows of about `window` samples of the given order.
+
+    A window has as few packs as tokens allow and as a mean cost of `target` at most allows. A pack that nothing fits
+    into waits in `full` until samples are short enough.
+    """
+    packs: list[list[int]] = []
+    for samples in np.array_split(order, max(1, round(len(order) / window))):
+        mine = samples[np.argsort(-lengths[samples], kind="stable")]
+        tokens, costs = lengths[mine], cost(lengths[mine])
+        fewest = max(tokens.sum(dtype=np.int64) / pack_tokens, costs.sum() / target)
+        count = min(len(mine), int(np.ceil(fewest)))
+        filled: list[list[int]] = [[] for _ in range(count)]
+        room = [pack_tokens] * count
+        open_ = [(0.0, pack) for pack in range(count)]  # a heap of (cost, pack)
+        full: list[tuple[int, float, int]] = []  # a heap of (-room, cost, pack)
+        for sample, length, its_cost in zip(mine.tolist(), tokens.tolist(), costs.tolist(), strict=True):
+            while full and -full[0][0] >= length:
+                heappush(open_, heappop(full)[1:])
+            if not open_:
+                open_.append((0.0, len(filled)))
+                filled.append([])
+                room.append(pack_tokens)
+            so_far, pack = heappop(open_)
+            filled[pack].append(sample)
+            room[pack] -= length
+            heappush(full, (-room[pack], so_far + its_cost, pack))
+        packs += filled
+    return Packs(np.array([s for pack in packs for s in pack], np.int64), np.cumsum([0, *map(len, packs)]))
+
+
+# -- the order of packs: which share a step ---------------------------------------------------------------
+
+
+def stratify(costs: np.ndarray, per_step: int, strata: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of packs in which every step draws from all costs, and yet its packs come in runs of like cost.
+
+    All packs are cut by cost into `strata` equal parts, and a step has a run of neighbours of each. Where one part's
+    runs rise the next one's fall, so that steps cost the same. Packs of a run can run at the same time on per_step /
+    strata ranks without waiting. strata=1 sorts steps by cost. Packs outside whole steps, drawn at random, are last.
+    Steps too small for runs of two are random.
+    """
+    order = rng.permutation(len(costs))
+    if per_step < 2 * strata:
+        return order
+    steps = len(order) // per_step
+    whole, rest = order[: steps * per_step], order[steps * per_step :]
+    whole = whole[np.argsort(-costs[whole], kind="stable")]
+    sizes = [len(part) for part in np.array_split(np.arange(per_step), strata)]
+    parts = np.split(whole, steps * np.cumsum(sizes)[:-1])
+    runs = [part.reshape(steps, size)[:: (-1) ** n] for n, (part, size) in enumerate(zip(parts, sizes, strict=True))]
+    return np.concatenate([rng.permutation(np.concatenate(runs, axis=1)).reshape(-1), rest])
+
+
+def in_order(packs: Packs, order: np.ndarray) -> Packs:
     sizes = np.diff(packs.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
@@ -104,7 +165,13 @@ def shuffle_packs(packs: Packs, rng: np.random.Generator) -> Packs:
 
 
 def epoch_packs(
-    lengths: np.ndarray, strategy: Strategy, max_length: int, seed: int, epoch: int, shuffle: bool = True
+    lengths: np.ndarray,
+    strategy: Strategy,
+    max_length: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    cost: Cost = TOKENS,
 ) -> Packs:
     """The packs of one epoch in training order; regrouped from (seed, epoch).
 
@@ -116,9 +183,20 @@ def epoch_packs(
     order = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     if strategy.name == "naive":
         return one_each(order)
+    size = pack_tokens(strategy, max_length)
+    if strategy.name == "balanced":
+        packs = equal_cost(lengths, cost, size, float(cost(max_length)), order, strategy.window)
+        costs = np.add.reduceat(cost(lengths[packs.samples]), packs.offsets[:-1])
+        return in_order(packs, stratify(costs, strategy.packs_per_step, strategy.strata, rng))
     if strategy.packer == "next_fit":
-        return next_fit(lengths, max_length, order)
-    return shuffle_packs(best_fit(lengths, max_length, order, strategy.window), rng)
+        return next_fit(lengths, size, order)
+    packs = best_fit(lengths, size, order, strategy.window)
+    return in_order(packs, rng.permutation(len(packs.offsets) - 1))
+
+
+def pack_tokens(strategy: Strategy, max_length: int) -> int:
+    """The most tokens of a pack."""
+    return strategy.pack_tokens or max_length
 
 
 def packs_per_step(strategy: Strategy) -> int:
@@ -132,11 +210,16 @@ def deal(costs: list[float], ranks: int, per_micro_step: int = 1) -> list[list[l
     """Spread a step's packs over ranks: deal(...)[micro_step][rank] = places in `costs`, maybe none.
 
     Packs of similar cost run at the same time, since under ZeRO-3 all ranks wait for the slowest at every
-    micro-step: deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[3], [0]]].
+    micro-step. Every other row of `ranks` packs is dealt backwards, so that ranks that wait only at a step's end share
+    it evenly, too: deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[0], [3]]].
     """
     order = sorted(range(len(costs)), key=lambda p: -costs[p])
-    width = ranks * per_micro_step
-    return [[order[at + r : at + width : ranks] for r in range(ranks)] for at in range(0, len(order), width)]
+    rows: list[list[list[int]]] = [
+        [order[at + r : at + r + 1] for r in range(ranks)] for at in range(0, len(order), ranks)
+    ]
+    rows[1::2] = [row[::-1] for row in rows[1::2]]
+    together = [rows[at : at + per_micro_step] for at in range(0, len(rows), per_micro_step)]
+    return [[[p for row in some for p in row[r]] for r in range(ranks)] for some in together]
 
 
 def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float:
@@ -144,3 +227,34 @@ def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float
     slices = [[sum(costs[p] for p in packs) for packs in m] for m in deal(costs, ranks, per_micro_step)]
     busy = sum(max(m) for m in slices) * ranks
     return 1 - sum(costs) / busy if busy else 0.0
+
+
+class Balance(NamedTuple):
+    """How evenly ranks share the steps of a plan: 1 = evenly; idle: 0 = nobody waits."""
+
+    attention: float  # mean over max of the ranks' attention in a step, the mean of steps
+    step: float  # the same of their cost
+    idle: float  # share of the ranks' time spent waiting if they wait at every micro-step (ZeRO-3) and time is cost
+
+
+def balance(step: np.ndarray, cost: np.ndarray, attention: np.ndarray, ranks: int, per_micro_step: int = 1) -> Balance:
+    """Of packs in the order of their steps, dealt as `deal` does: [packs] step number, cost, attention's part of it."""
+    step = step - step[0]
+    sizes = np.bincount(step)
+    slices = -(-int(sizes.max()) // (ranks * per_micro_step))
+    order = np.lexsort((-cost, step))
+    row, rank = np.divmod(np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes), ranks)
+    rank = np.where(row % 2, ranks - 1 - rank, rank)
+
+    def of_slices(values: np.ndarray) -> np.ndarray:
+        dealt = np.zeros((len(sizes), slices * per_micro_step, ranks))
+        dealt[step, row, rank] = values[order]  # packs are in the order of steps, so `step` is that of `order`, too
+        return dealt.reshape(len(sizes), slices, per_micro_step, ranks).sum(2)
+
+    def mean_over_max(of_ranks: np.ndarray) -> float:
+        largest = of_ranks.max(1)
+        return float(np.divide(of_ranks.mean(1), largest, out=np.ones_like(largest), where=largest > 0).mean())
+
+    costs = of_slices(cost)
+    idle = 1 - float(costs.sum() / (costs.max(2).sum() * ranks))
+    return Balance(mean_over_max(of_slices(attention).sum(1)), mean_over_max(costs.sum(1)), idle)
