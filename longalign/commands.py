@@ -93,10 +93,16 @@ def group(config: Config, dry_run: bool) -> int:
 
 def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
     title = f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    caption = (
+        "attention, step: mean over max of the ranks in a step; idle: of their time, if all wait at every micro-step"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption=caption, caption_justify="left")
     for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean"):
         table.add_column(column, justify="right")
+    for ranks in manifest["epochs"][0]["balance"]:
+        table.add_column(f"{ranks}: attention, step, idle", justify="right")
     for number, e in enumerate(manifest["epochs"]):
+        balance = [f"{b['attention']:.3f} {b['step']:.3f} {b['idle']:.1%}" for b in e["balance"].values()]
         table.add_row(
             str(number),
             f"{e['steps']:,}",
@@ -105,6 +111,7 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
             str(e["sequences_per_pack"]),
             f"{e['tokens_per_step']:,}",
             str(e["cost_max_over_mean"]),
+            *balance,
         )
     return table
 
@@ -139,7 +146,7 @@ def stats(config: Config, dry_run: bool) -> int:
 
 
 def strategies_table(report: dict[str, Any]) -> Table:
-    """What each strategy makes of the data: packs of max_length tokens, dealt to ranks."""
+    """What each strategy makes of the data: packs of at most pack_tokens tokens, dealt to ranks."""
     title = f"packs of {report['pack_length']:,} tokens, balance on {report['ranks']} ranks"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("strategy")

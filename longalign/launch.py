@@ -19,7 +19,7 @@ import torch
 from rich.text import Text
 
 from longalign.config import to_yaml
-from longalign.data.packing import idle_share
+from longalign.data.packing import dealt, idle, idle_share
 from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, steps_to_train
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
@@ -76,8 +76,8 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
     ranks = int(config.cluster.processes)
     packs = plan.step(1)
     if len(packs) < ranks:
-        idle = idle_share([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
-        warn(f"{len(packs)} packs per step on {ranks} ranks: {idle:.0%} of the time is idle; raise packs_per_step")
+        share = idle_share([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
+        warn(f"{len(packs)} packs per step on {ranks} ranks: {share:.0%} of the time is idle; raise packs_per_step")
     dtype = str(resolve_dtype(config, config.cluster.device)).removeprefix("torch.")
     return [
         ("model", f"{config.model.path}, {parameters:,} parameters, {dtype}"),
@@ -89,11 +89,23 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
             f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
+        ("waiting", waiting(config, plan, ranks)),
         ("attention", f"{backend}: {why}"),
         ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"),
         ("output", str(run)),
         ("worker", " ".join(worker_command(run))),
     ]
+
+
+def waiting(config: Config, plan: Plan, ranks: int) -> str:
+    """How much ranks will wait for one another, going by the costs of packs; and what to change."""
+    strategy, columns = config.strategy, plan.file.read(columns=["step", "cost"])
+    step, cost = (column.to_numpy() for column in columns)
+    share = idle(dealt(step, cost, cost, ranks, config.cluster.packs_per_micro_step))
+    told = f"{share:.1%} of the time of {ranks} ranks, if all wait at every micro-step"
+    if strategy.name == "balanced" and share > 0.05 and strategy.packs_per_step < strategy.strata * ranks:
+        told += f"; less with strategy.packs_per_step={strategy.strata * ranks} or a larger strategy.pack_tokens"
+    return told
 
 
 def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, str]]]:

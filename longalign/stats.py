@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from longalign.config import compose_config, groups
-from longalign.data.packing import idle_share
+from longalign.data.packing import dealt, pack_tokens
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
 from longalign.errors import UserError
 from longalign.files import fresh_folder, write_json
@@ -49,7 +49,7 @@ def stats(config: Config) -> dict[str, Any]:
             "targets_lost": {source: targets_lost(entry) for source, entry in data["ledger"].items()},
             "warnings": loss_warnings(data),
             "lengths": length_stats(columns),
-            "pack_length": config.max_length,
+            "pack_length": pack_tokens(config.strategy, config.max_length),
             "ranks": ranks,
             "strategies": planned,
             "strategies_refused": refused,
@@ -163,15 +163,15 @@ def strategy_stats(config: Config, data: dict[str, Any], ranks: int) -> dict[str
             group(config, folder := Path(scratch) / "plan")
         columns = pq.read_table(folder / "plan.parquet", columns=["step", "tokens", "n_sequences", "cost"])
     step, tokens, sequences, cost = (column.to_numpy() for column in columns)
-    n_packs, n_steps, per = len(step), int(step[-1]), config.cluster.packs_per_micro_step
-    of_steps = np.split(cost, np.flatnonzero(np.diff(step)) + 1)
-    balance = [1 - idle_share(costs.tolist(), ranks, per) for costs in of_steps]
+    n_packs, n_steps = len(step), int(step[-1])
+    costs = dealt(step, cost, cost, ranks, config.cluster.packs_per_micro_step)
+    balance = costs.sum((1, 2)) / (costs.max(2).sum(1) * ranks)
     return {
         "plan": str(folder) if fresh else "made for these figures",
         "epochs": config.epochs,
         "steps": n_steps,
         "packs": n_packs,
-        "fill_ratio": round(float(tokens.sum() / n_packs / config.max_length), 4),
+        "fill_ratio": round(float(tokens.sum() / n_packs / pack_tokens(config.strategy, config.max_length)), 4),
         "sequences_per_pack": round(float(sequences.mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / n_steps)),
         "balance": round(float(np.mean(balance)), 4),

@@ -229,32 +229,28 @@ def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float
     return 1 - sum(costs) / busy if busy else 0.0
 
 
-class Balance(NamedTuple):
-    """How evenly ranks share the steps of a plan: 1 = evenly; idle: 0 = nobody waits."""
+def dealt(step: np.ndarray, cost: np.ndarray, values: np.ndarray, ranks: int, per_micro_step: int = 1) -> np.ndarray:
+    """Sums of `values` by rank, if `deal` deals each step's packs by cost: float64 [steps, micro-steps, ranks].
 
-    attention: float  # mean over max of the ranks' attention in a step, the mean of steps
-    step: float  # the same of their cost
-    idle: float  # share of the ranks' time spent waiting if they wait at every micro-step (ZeRO-3) and time is cost
-
-
-def balance(step: np.ndarray, cost: np.ndarray, attention: np.ndarray, ranks: int, per_micro_step: int = 1) -> Balance:
-    """Of packs in the order of their steps, dealt as `deal` does: [packs] step number, cost, attention's part of it."""
+    step, cost, values: of every pack of a plan, in its order.
+    """
     step = step - step[0]
     sizes = np.bincount(step)
     slices = -(-int(sizes.max()) // (ranks * per_micro_step))
-    order = np.lexsort((-cost, step))
+    order = np.lexsort((-cost, step))  # by step, as packs already are, so that `step` holds for `order`, too
     row, rank = np.divmod(np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes), ranks)
-    rank = np.where(row % 2, ranks - 1 - rank, rank)
+    rows = np.zeros((len(sizes), slices * per_micro_step, ranks))
+    rows[step, row, np.where(row % 2, ranks - 1 - rank, rank)] = values[order]
+    return rows.reshape(len(sizes), slices, per_micro_step, ranks).sum(2)
 
-    def of_slices(values: np.ndarray) -> np.ndarray:
-        dealt = np.zeros((len(sizes), slices * per_micro_step, ranks))
-        dealt[step, row, rank] = values[order]  # packs are in the order of steps, so `step` is that of `order`, too
-        return dealt.reshape(len(sizes), slices, per_micro_step, ranks).sum(2)
 
-    def mean_over_max(of_ranks: np.ndarray) -> float:
-        largest = of_ranks.max(1)
-        return float(np.divide(of_ranks.mean(1), largest, out=np.ones_like(largest), where=largest > 0).mean())
+def mean_over_max(dealt_values: np.ndarray) -> float:
+    """How evenly ranks share a step, the mean of all steps; 1 = evenly."""
+    of_ranks = dealt_values.sum(1)
+    largest = of_ranks.max(1)
+    return float(np.divide(of_ranks.mean(1), largest, out=np.ones_like(largest), where=largest > 0).mean())
 
-    costs = of_slices(cost)
-    idle = 1 - float(costs.sum() / (costs.max(2).sum() * ranks))
-    return Balance(mean_over_max(of_slices(attention).sum(1)), mean_over_max(costs.sum(1)), idle)
+
+def idle(dealt_costs: np.ndarray) -> float:
+    """The share of all ranks' time spent waiting, over all steps, if time is cost and ranks meet at every micro-step."""
+    return 1 - float(dealt_costs.sum() / (dealt_costs.max(2).sum() * dealt_costs.shape[2]))

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
 from longalign.data.mix import check_names, epoch_samples
-from longalign.data.packing import TOKENS, Packs, balance, epoch_packs, pack_tokens, packs_per_step
+from longalign.data.packing import TOKENS, Packs, dealt, epoch_packs, idle, mean_over_max, pack_tokens, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
 from longalign.model.cost import Cost, cost_of
@@ -186,7 +186,6 @@ def _by_source(samples: Columns) -> dict[str, dict[str, int]]:
 def _statistics(table: pa.Table, config: Config, cost_of_sample: Cost) -> dict[str, Any]:
     tokens, cost, step = (table[c].to_numpy() for c in ("tokens", "cost", "step"))
     attention = cost - cost_of_sample.linear * tokens
-    on = {ranks: balance(step, cost, attention, ranks) for ranks in RANKS}
     return {
         "steps": int(step[-1] - step[0] + 1),
         "packs": len(table),
@@ -195,8 +194,15 @@ def _statistics(table: pa.Table, config: Config, cost_of_sample: Cost) -> dict[s
         "sequences_per_pack": round(float(table["n_sequences"].to_numpy().mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / (step[-1] - step[0] + 1))),
         "cost_max_over_mean": round(float(cost.max() / cost.mean()), 2),
-        "balance": {f"{n} ranks": {key: round(value, 4) for key, value in b._asdict().items()} for n, b in on.items()},
+        "balance": {f"{ranks} ranks": _balance(step, cost, attention, ranks) for ranks in RANKS},
     }
+
+
+def _balance(step: np.ndarray, cost: np.ndarray, attention: np.ndarray, ranks: int) -> dict[str, float]:
+    """attention, step: of the ranks' attention and cost in a step, mean over max; idle: of their time, under ZeRO-3."""
+    costs = dealt(step, cost, cost, ranks)
+    found = {"attention": mean_over_max(dealt(step, cost, attention, ranks)), "step": mean_over_max(costs)}
+    return {key: round(value, 4) for key, value in {**found, "idle": idle(costs)}.items()}
 
 
 def steps_to_train(planned: int, config: Config) -> int:
