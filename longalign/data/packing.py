@@ -252,5 +252,5 @@ def mean_over_max(dealt_values: np.ndarray) -> float:
 
 
 def idle(dealt_costs: np.ndarray) -> float:
-    """The share of all ranks' time spent waiting, over all steps, if time is cost and ranks meet at every micro-step."""
+    """The share of all ranks' time spent waiting, over all steps, if time is cost and all wait at every micro-step."""
     return 1 - float(dealt_costs.sum() / (dealt_costs.max(2).sum() * dealt_costs.shape[2]))
