@@ -22,8 +22,9 @@ MIX = np.load(Path(__file__).parent.parent / "fixtures" / "lengths.npy")  # 5,00
 
 
 def strategy(name: str, **changes: object) -> Strategy:
-    values = {"average": "sequence", "batch_size": 96, "group_size": 8, "packs_per_step": 8}
-    return Strategy(**{"name": name, **values, "packer": "best_fit", "window": 1000, **changes})  # type: ignore[arg-type]
+    values = {"average": "sequence", "batch_size": 96, "group_size": 8, "packs_per_step": 8, "packer": "best_fit"}
+    values |= {"window": 1000, "strata": 4, "pack_tokens": None, "cost": None}
+    return Strategy(**{"name": name, **values, **changes})  # type: ignore[arg-type]
 
 
 ALL = [
@@ -31,7 +32,9 @@ ALL = [
     strategy("sorted"),
     strategy("packing", packer="next_fit"),
     strategy("packing"),
+    strategy("balanced"),
     strategy("packing", window=7),
+    strategy("balanced", window=7, packs_per_step=10, strata=3),
 ]
 
 
@@ -102,6 +105,11 @@ def test_idle_share() -> None:
     assert idle_share([4.0, 4.0, 1.0, 1.0], 2) == 0, "equal packs run at the same time"
 
 
+def test_deal_gives_ranks_alike_at_the_same_time_and_as_much_in_all() -> None:
+    assert deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[0], [3]]]
+    assert deal([7, 6, 5, 4, 3, 2], ranks=2, per_micro_step=2) == [[[0, 3], [1, 2]], [[4], [5]]]
+
+
 def test_plan_file(tmp_path: Path, run_config: Callable[..., Config], data_dir: Path) -> None:
     config = run_config(tmp_path, "strategy=packing", "strategy.packs_per_step=3", "epochs=3")
     manifest = planning.group(config, tmp_path / "plan")
@@ -138,7 +146,7 @@ def big_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("chosen", ALL[:4], ids=lambda s: f"{s.name}-{s.packer}")
+@pytest.mark.parametrize("chosen", ALL[:5], ids=lambda s: f"{s.name}-{s.packer}")
 def test_a_large_plan_is_read_a_part_at_a_time(
     chosen: Strategy, big_data: Path, tmp_path: Path, run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
