@@ -85,6 +85,7 @@ def group(config: Config, dry_run: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         manifest = plan.group(config, Path(scratch) / "plan" if dry_run else Path(config.output_dir or ""))
     console.print(plan_table(manifest, config.strategy.name))
+    console.print(balance_table(manifest["epochs"][0]))
     for source, held in manifest["epochs"][0]["sources"].items() if config.mix else ():
         counts = f"{held['samples']:,} samples, {held['tokens']:,} tokens, {held['targets']:,} targets"
         console.print(f"{source}: {counts} in epoch 0")
@@ -93,16 +94,10 @@ def group(config: Config, dry_run: bool) -> int:
 
 def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
     title = f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs"
-    caption = (
-        "attention, step: mean over max of the ranks in a step; idle: of their time, if all wait at every micro-step"
-    )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, caption=caption, caption_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean"):
         table.add_column(column, justify="right")
-    for ranks in manifest["epochs"][0]["balance"]:
-        table.add_column(f"{ranks}: attention, step, idle", justify="right")
     for number, e in enumerate(manifest["epochs"]):
-        balance = [f"{b['attention']:.3f} {b['step']:.3f} {b['idle']:.1%}" for b in e["balance"].values()]
         table.add_row(
             str(number),
             f"{e['steps']:,}",
@@ -111,8 +106,17 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
             str(e["sequences_per_pack"]),
             f"{e['tokens_per_step']:,}",
             str(e["cost_max_over_mean"]),
-            *balance,
         )
+    return table
+
+
+def balance_table(epoch: dict[str, Any]) -> Table:
+    """How evenly ranks would share an epoch's steps, by the costs of packs."""
+    table = Table(title="balance (mean over max of ranks)", title_justify="left", box=box.SIMPLE)
+    for column in ("on", "attention", "step", "idle"):
+        table.add_column(column, justify="right")
+    for ranks, b in epoch["balance"].items():
+        table.add_row(ranks, f"{b['attention']:.3f}", f"{b['step']:.3f}", f"{b['idle']:.1%}")
     return table
 
 
