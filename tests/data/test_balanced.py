@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
 
+from longalign import launch
 from longalign.data import plan as planning
 from longalign.data.packing import (
     Packs,
@@ -24,6 +25,7 @@ from longalign.data.packing import (
     stratify,
 )
 from longalign.errors import UserError
+from longalign.files import read_json
 from longalign.forecast.gpus import H200
 from longalign.forecast.predict import predict
 from longalign.model.cost import Cost, cost_of, fit
@@ -216,3 +218,15 @@ def test_what_is_refused(words: list[str], said: str, tmp_path: Path, run_config
     with pytest.raises(UserError, match=said):
         planning.group(run_config(tmp_path, "strategy=balanced", *words), tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
+
+
+def test_train_tells_how_long_ranks_wait(tmp_path: Path, run_config: Callable[..., Config], data_dir: Path) -> None:
+    def told(ranks: int, *words: str) -> str:
+        config = run_config(tmp_path, "strategy=balanced", *words)
+        planning.group(config, tmp_path / "plan")
+        return launch.waiting(config, planning.Plan(tmp_path / "plan", read_json(data_dir / "manifest.json")), ranks)
+
+    assert told(1) == "0.0% of the time of 1 ranks, if all wait at every micro-step"
+    assert told(8, "strategy.packs_per_step=4").endswith(
+        "; less with strategy.packs_per_step=32 or a larger strategy.pack_tokens"
+    )

@@ -30,6 +30,7 @@ STRATEGIES = {
     "packing": ["strategy=packing", "strategy.packs_per_step=5"],
     "packing+weighting": ["strategy=packing+weighting", "strategy.packs_per_step=5"],
     "token": ["strategy=packing+weighting", "strategy.packs_per_step=5", "strategy.average=token"],
+    "balanced": ["strategy=balanced", "strategy.packs_per_step=5", "strategy.strata=2", "strategy.pack_tokens=150"],
 }
 PROCESSES = (1, 2, 4)
 CPU_BACKENDS = ("sdpa",)  # values of model.attention that run on a CPU
