@@ -32,7 +32,7 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 test: install  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; six minutes
+test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; a quarter of an hour
 	$(BIN)/python -m pytest -m grid -rP
 
 check: install  ## lint, format and types
@@ -50,7 +50,7 @@ clean:  ## remove what the demo made
 # -- the paper's runs: 8 GPUs of 80 GB; data/raw/long.jsonl and data/raw/sharegpt.jsonl as in the README ------------
 MODELS := chatglm3-6b llama2-7b llama2-13b
 PRESETS := $(filter-out base,$(notdir $(basename $(wildcard conf/model/*.yaml))))
-STRATEGIES := naive sorted packing packing+weighting balanced
+STRATEGIES := naive sorted packing packing+weighting
 
 tokenize-%: install  ## tokenize-MODEL: 0k, 5k and 10k long samples for one model
 	$(LONGALIGN) tokenize -m model=$* datanum=0k,5k,10k

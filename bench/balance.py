@@ -20,6 +20,7 @@ sys.path.pop(0)  # this folder, where Python would find tokenize.py in place of 
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longalign.config import compose_config
-from longalign.data.packing import dealt, epoch_packs, pack_tokens, packs_per_step
+from longalign.data.packing import deal, epoch_packs, pack_tokens, packs_per_step
 from longalign.forecast.gpus import GPUS, Gpu
 from longalign.forecast.predict import predict
 from longalign.model.cost import Cost, cost_of, fit
@@ -43,9 +44,13 @@ STRATEGIES = {
     "naive": ["strategy=naive"],
     "sorted": ["strategy=sorted"],
     "balanced": ["strategy=balanced"],
-    "balanced, random steps": ["strategy=balanced", "strategy.strata=1000000"],
-    "balanced, sorted steps": ["strategy=balanced", "strategy.strata=1"],
-    "balanced, 1.5x": ["strategy=balanced", f"strategy.pack_tokens={3 * MAX_LENGTH // 2}"],
+    "the same packs, random steps": ["strategy=packing", "strategy.packer=spread"],
+    "the same packs, sorted steps": ["strategy=balanced", "strategy.strata=1"],
+    "balanced, 1.5x": [
+        "strategy=balanced",
+        "strategy.packer=equal_cost",
+        f"strategy.pack_tokens={MAX_LENGTH * 3 // 2}",
+    ],
 }
 
 
@@ -63,8 +68,13 @@ class Epoch(NamedTuple):
 
     def seconds(self, times: np.ndarray, ranks: int, exchange: float, by_cost: bool = True) -> float:
         """Of all steps. Packs are dealt by their cost, or else as they come."""
-        slices = dealt(self.step, self.cost if by_cost else np.zeros_like(self.cost), times, ranks)
-        return float(np.maximum(slices.max(2), exchange).sum())
+        first = np.searchsorted(self.step, np.arange(self.step[-1] + 2))
+        total = 0.0
+        for start, stop in pairwise(first):
+            costs = self.cost[start:stop].tolist() if by_cost else [0.0] * (stop - start)
+            for micro in deal(costs, ranks):
+                total += max(exchange, *(times[start + p] for mine in micro for p in mine))
+        return total
 
     def spread(self, values: np.ndarray) -> float:
         """Standard deviation over mean of the steps' sums."""
@@ -106,7 +116,8 @@ def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace,
         reference = 0.0
         for name, words in STRATEGIES.items():
             sizes = [f"strategy.batch_size={12 * ranks}", f"strategy.group_size={ranks}"]
-            epoch = epoch_of([*words, *sizes, f"strategy.packs_per_step={args.packs * ranks}"], length, n_target, cost)
+            sizes += [f"strategy.packs_per_step={args.packs * ranks}", f"strategy.strata={args.packs}"]
+            epoch = epoch_of([*sizes, *words], length, n_target, cost)
             fixed = 18 * PARAMETERS / ranks
             times = epoch.cost if measured else predicted(epoch.documents, gpu, args.activations, fixed)
             seconds = epoch.seconds(times, ranks, PARAMETERS * 8 / gpu.link)

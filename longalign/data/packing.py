@@ -7,8 +7,9 @@ Every sample stands in exactly one pack, and the same seed gives the same packs.
 
 from __future__ import annotations
 
+import heapq
+import math
 from bisect import bisect_left, insort
-from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +17,14 @@ import numpy as np
 from longalign.model.cost import Cost
 from longalign.schema import Strategy
 
+SPREAD_FILL = 0.999  # how full `spread` plans packs: with no room to spare the last samples need packs of their own
+
 
 class Packs(NamedTuple):
     """Pack p holds samples[offsets[p] : offsets[p + 1]]."""
 
     samples: np.ndarray  # int64, places in `lengths`
     offsets: np.ndarray  # int64 [packs + 1]
-
-
-TOKENS = Cost(1.0, 0.0)  # where nothing is known of the model
 
 
 # -- strategies: one epoch's packs, in training order -----------------------------------------------------
@@ -100,6 +100,34 @@ def best_fit(lengths: np.ndarray, max_length: int, order: np.ndarray, window: in
     return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
 
 
+def spread(lengths: np.ndarray, max_length: int, order: np.ndarray, window: int) -> Packs:
+    """Worst-fit decreasing into a fixed number of packs, within windows of `window` samples of the given order.
+
+    Longest first, each sample goes into the emptiest pack of as many as the window's tokens fill, so that every pack
+    gets its share of long and short samples: costs and targets of packs vary less than those of best_fit, which leaves
+    packs of nothing but short samples. One more pack is opened for a sample that fits nowhere.
+    """
+    packs: list[list[int]] = []
+    for start in range(0, len(order), window):
+        mine = order[start : start + window].astype(np.int64)
+        mine = mine[np.argsort(-lengths[mine], kind="stable")]
+        count = math.ceil(lengths[mine].sum() / (SPREAD_FILL * max_length))
+        filled: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, pack) for pack in range(count)]  # a heap of (tokens, pack)
+        for sample, length in zip(mine.tolist(), lengths[mine].tolist(), strict=True):
+            tokens, pack = emptiest[0]
+            if tokens + length <= max_length:
+                heapq.heapreplace(emptiest, (tokens + length, pack))
+            else:
+                pack = len(filled)
+                filled.append([])
+                heapq.heappush(emptiest, (length, pack))
+            filled[pack].append(sample)
+        packs += [samples for samples in filled if samples]
+    offsets = np.cumsum([0, *map(len, packs)])
+    return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
+
+
 def equal_cost(
     lengths: np.ndarray, cost: Cost, pack_tokens: int, target: float, order: np.ndarray, window: int
 ) -> Packs:
@@ -114,50 +142,48 @@ def equal_cost(
         mine = samples[np.argsort(-lengths[samples], kind="stable")]
         tokens, costs = lengths[mine], cost(lengths[mine])
         fewest = max(tokens.sum(dtype=np.int64) / pack_tokens, costs.sum() / target)
-        count = min(len(mine), int(np.ceil(fewest)))
+        count = min(len(mine), math.ceil(fewest))
         filled: list[list[int]] = [[] for _ in range(count)]
         room = [pack_tokens] * count
         open_ = [(0.0, pack) for pack in range(count)]  # a heap of (cost, pack)
         full: list[tuple[int, float, int]] = []  # a heap of (-room, cost, pack)
         for sample, length, its_cost in zip(mine.tolist(), tokens.tolist(), costs.tolist(), strict=True):
             while full and -full[0][0] >= length:
-                heappush(open_, heappop(full)[1:])
+                heapq.heappush(open_, heapq.heappop(full)[1:])
             if not open_:
                 open_.append((0.0, len(filled)))
                 filled.append([])
                 room.append(pack_tokens)
-            so_far, pack = heappop(open_)
+            so_far, pack = heapq.heappop(open_)
             filled[pack].append(sample)
             room[pack] -= length
-            heappush(full, (-room[pack], so_far + its_cost, pack))
+            heapq.heappush(full, (-room[pack], so_far + its_cost, pack))
         packs += filled
     return Packs(np.array([s for pack in packs for s in pack], np.int64), np.cumsum([0, *map(len, packs)]))
 
 
-# -- the order of packs: which share a step ---------------------------------------------------------------
-
-
 def stratify(costs: np.ndarray, per_step: int, strata: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of packs in which every step draws from all costs, and yet its packs come in runs of like cost.
+    """Packs in training order, so that packs of like cost can run at the same time and steps are still alike.
 
-    All packs are cut by cost into `strata` equal parts, and a step has a run of neighbours of each. Where one part's
-    runs rise the next one's fall, so that steps cost the same. Packs of a run can run at the same time on per_step /
-    strata ranks without waiting. strata=1 sorts steps by cost. Packs outside whole steps, drawn at random, are last.
-    Steps too small for runs of two are random.
+    Packs in order of cost are cut into `strata` equal parts, and each part into groups of per_step / strata
+    neighbours. A step is one group of each part, and steps come in random order: with as many ranks as a group has
+    packs, every micro-step runs one group. Where one part's groups rise in cost the next one's fall, so that steps cost
+    nearly the same. No step is long or short, as those of sorted batching are, unless strata is 1. What is left over,
+    evenly spaced in cost, is the last step.
+
+    costs: float [packs]. Returns int64 [packs], places in costs.
     """
-    order = rng.permutation(len(costs))
-    if per_step < 2 * strata:
-        return order
-    steps = len(order) // per_step
-    whole, rest = order[: steps * per_step], order[steps * per_step :]
-    whole = whole[np.argsort(-costs[whole], kind="stable")]
-    sizes = [len(part) for part in np.array_split(np.arange(per_step), strata)]
-    parts = np.split(whole, steps * np.cumsum(sizes)[:-1])
-    runs = [part.reshape(steps, size)[:: (-1) ** n] for n, (part, size) in enumerate(zip(parts, sizes, strict=True))]
-    return np.concatenate([rng.permutation(np.concatenate(runs, axis=1)).reshape(-1), rest])
+    shuffled = rng.permutation(len(costs))  # so that equal costs meet at random
+    order = shuffled[np.argsort(costs[shuffled], kind="stable")]
+    steps, rest = divmod(len(costs), per_step)
+    left = ((np.arange(rest) + rng.random()) * len(costs) / max(rest, 1)).astype(np.int64)
+    groups = np.delete(order, left).reshape(strata, steps, per_step // strata)
+    groups[1::2] = groups[1::2, ::-1].copy()
+    return np.concatenate([rng.permutation(groups.swapaxes(0, 1)).reshape(-1), order[left]])
 
 
 def in_order(packs: Packs, order: np.ndarray) -> Packs:
+    """The packs in another order. order: int64 [packs]."""
     sizes = np.diff(packs.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
@@ -171,9 +197,9 @@ def epoch_packs(
     seed: int,
     epoch: int,
     shuffle: bool = True,
-    cost: Cost = TOKENS,
+    cost: Cost | None = None,
 ) -> Packs:
-    """The packs of one epoch in training order; regrouped from (seed, epoch).
+    """The packs of one epoch in training order; regrouped from (seed, epoch). cost: of a sample.
 
     Without shuffle naive and next-fit packing keep the order of samples; the others have an order of their own.
     """
@@ -184,14 +210,19 @@ def epoch_packs(
     if strategy.name == "naive":
         return one_each(order)
     size = pack_tokens(strategy, max_length)
-    if strategy.name == "balanced":
+    if strategy.packer == "next_fit":
+        packs = next_fit(lengths, size, order)
+    elif strategy.packer == "equal_cost":
+        assert cost is not None
         packs = equal_cost(lengths, cost, size, float(cost(max_length)), order, strategy.window)
+    else:
+        fill = best_fit if strategy.packer == "best_fit" else spread
+        packs = fill(lengths, size, order, strategy.window)
+    if strategy.name == "balanced":
+        assert cost is not None
         costs = np.add.reduceat(cost(lengths[packs.samples]), packs.offsets[:-1])
         return in_order(packs, stratify(costs, strategy.packs_per_step, strategy.strata, rng))
-    if strategy.packer == "next_fit":
-        return next_fit(lengths, size, order)
-    packs = best_fit(lengths, size, order, strategy.window)
-    return in_order(packs, rng.permutation(len(packs.offsets) - 1))
+    return packs if strategy.packer == "next_fit" else in_order(packs, rng.permutation(len(packs.offsets) - 1))
 
 
 def pack_tokens(strategy: Strategy, max_length: int) -> int:
@@ -210,16 +241,11 @@ def deal(costs: list[float], ranks: int, per_micro_step: int = 1) -> list[list[l
     """Spread a step's packs over ranks: deal(...)[micro_step][rank] = places in `costs`, maybe none.
 
     Packs of similar cost run at the same time, since under ZeRO-3 all ranks wait for the slowest at every
-    micro-step. Every other row of `ranks` packs is dealt backwards, so that ranks that wait only at a step's end share
-    it evenly, too: deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[0], [3]]].
+    micro-step: deal([1, 9, 8, 2], ranks=2) == [[[1], [2]], [[3], [0]]].
     """
     order = sorted(range(len(costs)), key=lambda p: -costs[p])
-    rows: list[list[list[int]]] = [
-        [order[at + r : at + r + 1] for r in range(ranks)] for at in range(0, len(order), ranks)
-    ]
-    rows[1::2] = [row[::-1] for row in rows[1::2]]
-    together = [rows[at : at + per_micro_step] for at in range(0, len(rows), per_micro_step)]
-    return [[[p for row in some for p in row[r]] for r in range(ranks)] for some in together]
+    width = ranks * per_micro_step
+    return [[order[at + r : at + width : ranks] for r in range(ranks)] for at in range(0, len(order), width)]
 
 
 def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float:
@@ -229,28 +255,20 @@ def idle_share(costs: list[float], ranks: int, per_micro_step: int = 1) -> float
     return 1 - sum(costs) / busy if busy else 0.0
 
 
-def dealt(step: np.ndarray, cost: np.ndarray, values: np.ndarray, ranks: int, per_micro_step: int = 1) -> np.ndarray:
-    """Sums of `values` by rank, if `deal` deals each step's packs by cost: float64 [steps, micro-steps, ranks].
+def balance(costs: np.ndarray, per_step: int, ranks: int, values: np.ndarray | None = None) -> float:
+    """The mean over ranks over the maximum, summed over the micro-steps of all steps of per_step packs.
 
-    step, cost, values: of every pack of a plan, in its order.
+    1 = nobody waits. Packs are dealt by their costs as `deal` does; `values`, by default the costs, are what is
+    weighed; both float [packs].
     """
-    step = step - step[0]
-    sizes = np.bincount(step)
-    slices = -(-int(sizes.max()) // (ranks * per_micro_step))
-    order = np.lexsort((-cost, step))  # by step, as packs already are, so that `step` holds for `order`, too
-    row, rank = np.divmod(np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes), ranks)
-    rows = np.zeros((len(sizes), slices * per_micro_step, ranks))
-    rows[step, row, np.where(row % 2, ranks - 1 - rank, rank)] = values[order]
-    return rows.reshape(len(sizes), slices, per_micro_step, ranks).sum(2)
-
-
-def mean_over_max(dealt_values: np.ndarray) -> float:
-    """How evenly ranks share a step, the mean of all steps; 1 = evenly."""
-    of_ranks = dealt_values.sum(1)
-    largest = of_ranks.max(1)
-    return float(np.divide(of_ranks.mean(1), largest, out=np.ones_like(largest), where=largest > 0).mean())
-
-
-def idle(dealt_costs: np.ndarray) -> float:
-    """The share of all ranks' time spent waiting, over all steps, if time is cost and all wait at every micro-step."""
-    return 1 - float(dealt_costs.sum() / (dealt_costs.max(2).sum() * dealt_costs.shape[2]))
+    steps = -(-len(costs) // per_step)
+    width = -(-per_step // ranks) * ranks
+    dealt = np.zeros((2, steps, width))
+    for row, numbers in zip(dealt, (costs, costs if values is None else values), strict=True):
+        padded = np.zeros(steps * per_step)
+        padded[: len(numbers)] = numbers
+        row[:, :per_step] = padded.reshape(steps, per_step)
+    by_cost = np.argsort(-dealt[0], axis=1, kind="stable")
+    micro = np.take_along_axis(dealt[1], by_cost, axis=1).reshape(steps, -1, ranks)
+    longest = micro.max(axis=2).sum()
+    return float(micro.mean(axis=2).sum() / longest) if longest else 1.0

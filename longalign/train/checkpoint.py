@@ -107,7 +107,7 @@ def find(config: Config) -> Path | None:
 
 def needs(config: Config, plan: dict[str, Any]) -> dict[str, Any]:
     """What a run must have in common with the one that wrote a checkpoint. `plan`: the plan's identity."""
-    return {"processes": int(config.cluster.processes), "zero_stage": config.cluster.zero_stage, "plan": plan}
+    return {"processes": config.cluster.ranks, "zero_stage": config.cluster.zero_stage, "plan": plan}
 
 
 def check(checkpoint: Path, about: dict[str, Any]) -> int:

@@ -54,7 +54,9 @@ def train_step(
 
     Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
-    nothing is divided by the number of micro-steps.
+    nothing is divided by the number of micro-steps. Sequence parallelism changes none of this: the step's loss is still
+    the sum of the ranks' shares, each of its own targets, and its gradient the sum of what the ranks' weights receive:
+    the exchanges around attention carry back to every rank what other ranks' targets owe to its tokens.
     """
     shares: torch.Tensor | float = 0.0
     keep: Activations = engine.activations
@@ -168,7 +170,7 @@ def join(device: str) -> None:
     transformers_logging.disable_progress_bar()
     # DeepSpeed's shared-memory extension would be compiled on a CPU's first run for a minute; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see cluster/workers.py
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
@@ -186,6 +188,8 @@ def main(paths: list[str]) -> int:
     configs = [load_frozen(path) for path in paths]
     join(configs[0].cluster.device)
     try:
+        if dist.get_world_size() != (ranks := configs[0].cluster.ranks):
+            raise UserError(f"{dist.get_world_size()} ranks were started, and the run was prepared for {ranks}")
         for config in configs:
             train(config)
     except UserError as error:

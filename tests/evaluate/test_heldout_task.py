@@ -123,7 +123,7 @@ def test_what_is_refused(make: Make, data: Path, model_dir: Path, tmp_path: Path
         return str(refused.value)
 
     assert refusal() == (
-        f"data_dir={bare} has no held-out samples; run `longalign tokenize` with eval_fraction=0.01"
+        f"task.heldout.path={bare} has no held-out samples; run `longalign tokenize` with eval_fraction=0.01"
     ), "not a word of training's settings"
     table(bare / "eval", [("a", 5, 0)], 3)
     assert "has no sample with a target" in refusal()
