@@ -9,6 +9,7 @@ A folder has its name when it is whole. Ranks meet in no collective but a barrie
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -111,7 +112,10 @@ class Saver:
                     self.saved = about["step"]
         except BaseException as error:
             self.error = error
-            (partial / f"failed-{dist.get_rank():05d}").touch()
+            with contextlib.suppress(OSError):
+                (partial / f"failed-{dist.get_rank():05d}").touch()
+        if dist.get_rank() == 0 and self.saved != about["step"]:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
 
     def _publish(self, partial: Path, about: dict[str, Any]) -> bool:
         """Whether the checkpoint stands; not if another rank failed, which tells why."""
