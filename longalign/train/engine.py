@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -73,6 +74,18 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [g for g in groups if g["params"]]
 
 
+def import_muon_uncompiled() -> None:
+    """DeepSpeed imports Muon whatever the optimizer is, and its @torch.compile loads the compiler: 4 s of each rank."""
+    from deepspeed.runtime import compiler
+
+    compiler.compile, compiled = (lambda: lambda function: function), compiler.compile
+    try:
+        with contextlib.suppress(ImportError):  # it has moved in another release
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled
+
+
 def build_engine(config: Config, ranks: int) -> Any:
     """Load the model with packed attention and its loss, and hand it to DeepSpeed. Returns the engine."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -99,6 +112,7 @@ def build_engine(config: Config, ranks: int) -> Any:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device == "cuda")
     # DeepSpeed is not told of sequence parallelism (no mpu): to it all ranks are data-parallel, which is exact, see
     # worker.train_step. Weights and states are so divided among all ranks, too.
+    import_muon_uncompiled()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
         engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
     del zero3

@@ -39,6 +39,7 @@ from longalign.train.export import export
 from longalign.train.heartbeat import Heartbeat
 from longalign.train.metrics import Journal, peak_memory_gb
 from longalign.train.micro import micro_steps
+from longalign.train.saver import Saver
 from longalign.train.trace import Trace
 
 _signal = 0  # the last SIGINT or SIGTERM received
@@ -114,9 +115,8 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    about = checkpoint.needs(config, plan.manifest["identity"])
-    start = checkpoint.find(config)
-    done = checkpoint.check(start, about) if start else 0
+    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
     if start:
         checkpoint.load(engine, start)
         checkpoint.abandon_after(run / "checkpoints", done)
@@ -126,7 +126,8 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     if evaluation and evaluation.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
         with heartbeat.unwatched("evaluation"):
             evaluation.evaluate(done)
-    saved, stopped, began = done, 0, time.monotonic()
+    saver = Saver(config, engine, plan.manifest["identity"], done)
+    stopped, began = 0, time.monotonic()
 
     with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
@@ -166,15 +167,16 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
             if bad_steps.too_many:  # the weights are still those of the last good step
-                if bad_steps.last_good > saved:
-                    saved = bad_steps.last_good
-                    with heartbeat.unwatched("checkpoint"):
-                        checkpoint.save(engine, run / "checkpoints", saved, config.keep_last, about)
-                raise bad_steps.error(saved)
+                with heartbeat.unwatched("checkpoint"):
+                    saver.finish()
+                    if bad_steps.last_good > saver.saved:
+                        saver.save(bad_steps.last_good)
+                        saver.finish()
+                raise bad_steps.error(saver.saved)
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
                 with heartbeat.unwatched("checkpoint"):
-                    checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
-                saved, began = step, time.monotonic()
+                    saver.save(step)
+                began = time.monotonic()
             if stopped and step < n_steps:
                 break
             if evaluation and evaluation.is_due(step):
@@ -182,10 +184,12 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                     evaluation.evaluate(step)
                 began = time.monotonic()
             heartbeat.watch()  # not in the first step, in which kernels may be compiled
+    with heartbeat.unwatched("checkpoint"):
+        saver.finish()
     journal.close()
-    if stopped and saved < n_steps:
+    if stopped and saver.saved < n_steps:
         if rank == 0:
-            print(f"stopped after step {saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+            print(f"stopped after step {saver.saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
         return False
     with heartbeat.unwatched("export"):
         export(engine, config, run / "model")
