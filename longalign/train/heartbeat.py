@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from longalign.files import disk_errors
+from longalign.progress import ago
 
 SIZE = 512
 DUMP = signal.SIGUSR2  # on it a rank writes its stacks
@@ -121,7 +122,7 @@ def hung(logs: Path, ranks: int) -> str | None:
     lines = ["no progress for hang_timeout_s; where each rank stood:"]
     for rank, beat in beats.items():
         note = "   <- behind" if rank in behind and len(behind) < len(beats) else ""
-        lines.append(f"  rank {rank} on {beat['host']}: {position(beat)}, {time.time() - beat['time']:.0f} s ago{note}")
+        lines.append(f"  rank {rank} on {beat['host']}: {position(beat)}, {ago(time.time() - beat['time'])} ago{note}")
     for rank in behind[:2]:
         lines += [f"rank {rank}, innermost call first ({logs}/rank-{rank}.stacks):", main_thread(stacks.get(rank, ""))]
     return "\n".join(lines)

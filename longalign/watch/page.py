@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from longalign.progress import clock
+from longalign.progress import ago, clock
 from longalign.train.heartbeat import position
 from longalign.train.loggers import numbers
-from longalign.watch.state import State, ago
+from longalign.watch.state import State
 
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {"running": "green", "finished": "green", "stopped": "yellow", "quiet": "yellow", "waiting": "yellow"}

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ import yaml
 
 from longalign.errors import UserError
 from longalign.files import read_json
+from longalign.progress import ago
 from longalign.sweep import RUNS
 from longalign.train import heartbeat
 from longalign.train.checkpoint import complete
@@ -29,15 +31,20 @@ def find_runs(folder: Path) -> list[Path]:
     """A run's folder itself, the runs of a sweep, or all below the folder. Raises UserError if there is none."""
     if (folder / RUNS).is_dir():
         records = [read_json(path) for path in sorted((folder / RUNS).glob("*.json"), key=lambda path: int(path.stem))]
-        return [Path(record["output_dir"]) for record in records if record["output_dir"]]
-    found = []
-    for path, below, files in os.walk(folder):
-        if "config.yaml" in files and "plan" in below:
-            found.append(Path(path))
-            below.clear()
+        found = [Path(record["output_dir"]) for record in records if record["output_dir"]]
+        found = [run for run in found if (run / "config.yaml").is_file()]
+    else:
+        found = sorted(_runs_below(folder))
     if not found:
         raise UserError(f"{folder} holds no run of `longalign train`; give a run's output_dir, or a folder of runs")
-    return sorted(found)
+    return found
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    for path, below, files in os.walk(folder):
+        if "config.yaml" in files and "plan" in below:
+            yield Path(path)
+            below.clear()
 
 
 class Rows:
@@ -135,11 +142,3 @@ def is_alive(beat: dict[str, Any]) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= beat["time"] + 1
     except psutil.NoSuchProcess:
         return False
-
-
-def ago(seconds: float) -> str:
-    """75 -> '75 s', 600 -> '10 min'."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -141,7 +141,8 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "3/10" in said
     assert "0/10" in said
     (tmp_path / "record" / "sweep-runs").mkdir(parents=True)
-    write_json(tmp_path / "record" / "sweep-runs" / "0.json", {"output_dir": str(runs[1])})
+    for number, output in enumerate((str(runs[1]), None, str(tmp_path / "refused"))):
+        write_json(tmp_path / "record" / "sweep-runs" / f"{number}.json", {"output_dir": output})
     assert find_runs(tmp_path / "record") == [runs[1]]
     with pytest.raises(UserError, match="holds no run"):
         find_runs(tmp_path / "nothing")
