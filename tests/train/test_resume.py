@@ -79,7 +79,7 @@ def test_run_folder(whole: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "plan"} <= {p.name for p in whole.iterdir()}
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-000015", "step-000020"]
     rows = read_metrics(whole / "metrics.jsonl")
-    keys = "step epoch loss loss_sequence loss_token loss_by_source loss_by_length lr grad_norm tokens targets sequences packs tokens_per_s step_s peak_mem_gb"
+    keys = "step epoch loss loss_sequence loss_token loss_by_source loss_by_length lr grad_norm skipped tokens targets sequences packs tokens_per_s step_s time peak_mem_gb"
     assert list(rows[0]) == keys.split()
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["lr"] == pytest.approx(1e-2), "ceil(0.03 * 24) = 1 step of warm-up"
