@@ -127,7 +127,7 @@ class Agent:
                 threading.Thread(target=self._await, args=(worker, local), daemon=True).start()
             return self.watch(workers, names)
         finally:
-            end(workers)
+            end(workers, dump=True)
 
     def _await(self, worker: subprocess.Popen[bytes], local: int) -> None:
         self.inbox.put({"exit": worker.wait(), "local": local})

@@ -82,12 +82,16 @@ def start_worker(
     )
 
 
-def end(processes: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:
-    """End processes that still run: they may sit in a collective that a dead rank will never join."""
+def end(processes: list[subprocess.Popen[bytes]], grace: float = 5.0, dump: bool = False) -> None:
+    """End processes that still run: they may sit in a collective that a dead rank will never join.
+
+    dump: ranks first write where they stand to their stacks file (train/heartbeat.py).
+    """
     deadline = time.monotonic() + grace
     for process in processes:
         if process.poll() is None:
-            process.send_signal(DUMP)  # where it stands goes to its stacks file
+            if dump:
+                process.send_signal(DUMP)
             process.terminate()
     for process in processes:
         try:
@@ -145,7 +149,7 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                 time.sleep(0.1)
                 failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
         finally:
-            end(workers)
+            end(workers, dump=True)
     if received and (failed is None or len(received) > 1):
         return 128 + received[0]
     if failed is None:

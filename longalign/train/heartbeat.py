@@ -51,6 +51,7 @@ class Heartbeat:
         if error:
             self._write(ended=f"failed: {error}"[:200])
         faulthandler.unregister(DUMP)
+        signal.signal(DUMP, signal.SIG_IGN)  # else it would kill
         os.close(self.file)
         self.stacks.close()
 
