@@ -197,11 +197,14 @@ def test_every_key_has_a_default_in_yaml() -> None:
     tasks = groups()["task"]
     words = [
         "judge=local",
+        "logger=[tensorboard,wandb]",
         f"task=[{','.join(tasks)}]",
         *(word for o in ("local", *tasks) for word in NEEDS.get(o, [])),
     ]
     full = compose_config("train", words)
-    composed |= {"task": full.task.model_dump(), "judge": full.judge and full.judge.model_dump()}
+    composed |= {
+        name: part and part.model_dump() for name in ("task", "judge", "logger") for part in [getattr(full, name)]
+    }
     for key in KEYS:
         value: object = composed
         for part in key.split("."):
