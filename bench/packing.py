@@ -38,6 +38,11 @@ STRATEGIES = {
     "packing, best-fit": ["strategy=packing"],
     "packing+weighting": ["strategy=packing+weighting"],
     "balanced": ["strategy=balanced"],
+    "balanced, 1.5x": [
+        "strategy=balanced",
+        "strategy.packer=equal_cost",
+        f"strategy.pack_tokens={MAX_LENGTH * 3 // 2}",
+    ],
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.text import Text
 
@@ -17,7 +18,7 @@ from longalign.cluster.hostfile import count_nodes, hosts_of
 from longalign.cluster.hosts import remote_command, run_hosts
 from longalign.cluster.workers import common_environment, run_workers
 from longalign.config import to_yaml
-from longalign.data.packing import idle_share
+from longalign.data.packing import balance, idle_share, packs_per_step
 from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, steps_to_train
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
@@ -112,11 +113,23 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
             f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
+        ("waiting", waiting(config, plan, groups)),
         ("attention", chosen),
         ("cluster", f"{nodes}{cluster.processes} x {cluster.device}, ZeRO-{cluster.zero_stage}{shared}"),
         ("output", str(run)),
         *started_by(config),
     ]
+
+
+def waiting(config: Config, plan: Plan, groups: int) -> str:
+    """How much ranks (or groups of them that run packs together) will wait, by packs' costs; and what to change."""
+    strategy, cost = config.strategy, plan.file.read(columns=["cost"])["cost"].to_numpy()
+    epochs = np.split(cost, plan.first_row[:-1][np.flatnonzero(np.diff(plan.epochs)) + 1])
+    share = 1 - float(np.mean([balance(mine, packs_per_step(strategy), groups) for mine in epochs]))
+    told = f"{share:.1%} of the time of {groups} ranks, if all wait at every micro-step"
+    if strategy.name == "balanced" and share > 0.05 and strategy.packs_per_step < strategy.strata * groups:
+        told += f"; less with strategy.packs_per_step={strategy.strata * groups}"
+    return told
 
 
 def started_by(config: Config) -> list[tuple[str, str]]:
@@ -138,7 +151,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     check_disk(config, run, parameters)
     check_memory(config, parameters)
     if start := checkpoint.find(config):
-        checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
+        checkpoint.check(start, identity(config, data))
     if dry_run:
         shared = Path(config.data_dir) / "plans" / config.strategy.name
         with tempfile.TemporaryDirectory() as scratch:

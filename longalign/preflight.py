@@ -65,7 +65,8 @@ def check_disk(config: Config, run: Path, parameters: int) -> None:
         saves = config.keep_last if config.save_every else 1
         if config.save_every and config.max_steps:
             saves = min(saves, config.max_steps // config.save_every + 1)
-        require_disk(run, 14.0 * parameters * saves, "output_dir, or lower keep_last")
+        saves += 1  # the one being written
+        require_disk(run, 12.0 * parameters * saves, "output_dir, or lower keep_last")
     except UserError as error:
         _refuse(config, str(error))
 

@@ -54,8 +54,9 @@ class Strategy(Strict):
     batch_size: PositiveInt
     group_size: PositiveInt
     packs_per_step: PositiveInt
-    packer: Literal["best_fit", "next_fit", "spread"]
+    packer: Literal["best_fit", "next_fit", "spread", "equal_cost"]
     window: PositiveInt
+    pack_tokens: PositiveInt | None
     strata: PositiveInt
     cost: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None
 
@@ -344,6 +345,7 @@ class Config(Strict):
     eval_every: PositiveInt | None
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
+    keep_every: PositiveInt | None
     resume: str
     init_from: str | None
     overwrite: bool

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from longalign.cluster.hostfile import count_nodes
 from longalign.config import compose_config, groups
-from longalign.data.packing import idle_share
+from longalign.data.packing import idle_share, pack_tokens
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
 from longalign.errors import UserError
 from longalign.files import fresh_folder, write_json
@@ -51,7 +51,7 @@ def stats(config: Config) -> dict[str, Any]:
             "targets_lost": {source: targets_lost(entry) for source, entry in data["ledger"].items()},
             "warnings": loss_warnings(data),
             "lengths": length_stats(columns),
-            "pack_length": config.max_length,
+            "pack_length": pack_tokens(config.strategy, config.max_length),
             "ranks": ranks,
             "strategies": planned,
             "strategies_refused": refused,
@@ -174,7 +174,7 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
         "epochs": config.epochs,
         "steps": n_steps,
         "packs": n_packs,
-        "fill_ratio": round(float(tokens.sum() / n_packs / config.max_length), 4),
+        "fill_ratio": round(float(tokens.sum() / n_packs / pack_tokens(config.strategy, config.max_length)), 4),
         "sequences_per_pack": round(float(sequences.mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / n_steps)),
         "balance": round(float(np.mean(balance)), 4),

@@ -7,6 +7,7 @@ a large matrix product, measured in the same run.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from longalign.data.batch import cut
 from longalign.files import disk_errors, read_json, versions, write_json, write_text
 from longalign.model import attention, kernels
 from longalign.model.activations import Activations, Policy
-from longalign.model.cost import cost_of, shape_of
+from longalign.model.cost import cost_of, fit, shape_of
 from longalign.model.load import load_config, resolve_device, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.progress import Bar, console, warn
@@ -70,7 +71,7 @@ def bench(config: Config, dry_run: bool) -> int:
     rows: list[dict[str, Any]] = []
     with Bar("bench", len(cases), "cases") as bar:
         for case in cases:
-            row: dict[str, Any] = case._asdict()
+            row: dict[str, Any] = {**case._asdict(), "documents": documents[case.pack]}
             if case.of == "pass":
                 row |= run_case(config, hf, case, documents[case.pack], device)
             else:
@@ -83,9 +84,21 @@ def bench(config: Config, dry_run: bool) -> int:
             write_json(output / "bench.json", report(config, device, rate, rows))
             bar.advance(1, note=f"{' '.join(case)}: {row.get('tokens_per_s', 0):,.0f} tokens/s")
     console.print(table(rows, rate))
+    for way in dict.fromkeys((case.attention, case.activations) for case in cases if case.of == "pass"):
+        tell_cost([row for row in rows if (row["attention"], row["activations"], row["of"]) == (*way, "pass")], way)
     plot(report(config, device, rate, rows), output / "bench.png")
     console.print(f"written: {output}/bench.json, bench.png")
     return 0
+
+
+def tell_cost(rows: list[dict[str, Any]], way: tuple[str, str]) -> None:
+    """The setting by which packs cost what they took here, if the packs are unlike enough to tell."""
+    done = [row for row in rows if "seconds" in row]
+    with contextlib.suppress(ValueError):
+        cost = fit([row["documents"] for row in done], [row["seconds"] for row in done])
+        off = max(abs(float(cost(row["documents"]).sum()) / row["seconds"] - 1) for row in done)
+        setting = f"strategy.cost=[{cost.linear:.5g},{cost.quadratic:.5g}]"
+        console.print(f"{' '.join(way)}: {setting} tells these packs' seconds within {off:.1%}")
 
 
 def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: str) -> dict[str, Any]:

@@ -128,13 +128,48 @@ def spread(lengths: np.ndarray, max_length: int, order: np.ndarray, window: int)
     return Packs(np.array([s for pack in packs for s in pack], np.int64), offsets)
 
 
+def equal_cost(
+    lengths: np.ndarray, cost: Cost, pack_tokens: int, target: float, order: np.ndarray, window: int
+) -> Packs:
+    """Packs of like cost: the costliest sample left goes into the cheapest pack with room (longest processing time
+    first), within windows of about `window` samples of the given order.
+
+    A window has as few packs as tokens allow and as a mean cost of `target` at most allows. A pack that nothing fits
+    into waits in `full` until samples are short enough.
+    """
+    packs: list[list[int]] = []
+    for samples in np.array_split(order, max(1, round(len(order) / window))):
+        mine = samples[np.argsort(-lengths[samples], kind="stable")]
+        tokens, costs = lengths[mine], cost(lengths[mine])
+        fewest = max(tokens.sum(dtype=np.int64) / pack_tokens, costs.sum() / target)
+        count = min(len(mine), math.ceil(fewest))
+        filled: list[list[int]] = [[] for _ in range(count)]
+        room = [pack_tokens] * count
+        open_ = [(0.0, pack) for pack in range(count)]  # a heap of (cost, pack)
+        full: list[tuple[int, float, int]] = []  # a heap of (-room, cost, pack)
+        for sample, length, its_cost in zip(mine.tolist(), tokens.tolist(), costs.tolist(), strict=True):
+            while full and -full[0][0] >= length:
+                heapq.heappush(open_, heapq.heappop(full)[1:])
+            if not open_:
+                open_.append((0.0, len(filled)))
+                filled.append([])
+                room.append(pack_tokens)
+            so_far, pack = heapq.heappop(open_)
+            filled[pack].append(sample)
+            room[pack] -= length
+            heapq.heappush(full, (-room[pack], so_far + its_cost, pack))
+        packs += filled
+    return Packs(np.array([s for pack in packs for s in pack], np.int64), np.cumsum([0, *map(len, packs)]))
+
+
 def stratify(costs: np.ndarray, per_step: int, strata: int, rng: np.random.Generator) -> np.ndarray:
     """Packs in training order, so that packs of like cost can run at the same time and steps are still alike.
 
     Packs in order of cost are cut into `strata` equal parts, and each part into groups of per_step / strata
-    neighbours. A step is one group of each part, drawn at random: with as many ranks as a group has packs, every
-    micro-step runs one group. A step's cost and tokens vary less than those of a random draw; no step is long or short,
-    as those of sorted batching are, unless strata is 1. What is left over, evenly spaced in cost, is the last step.
+    neighbours. A step is one group of each part, and steps come in random order: with as many ranks as a group has
+    packs, every micro-step runs one group. Where one part's groups rise in cost the next one's fall, so that steps cost
+    nearly the same. No step is long or short, as those of sorted batching are, unless strata is 1. What is left over,
+    evenly spaced in cost, is the last step.
 
     costs: float [packs]. Returns int64 [packs], places in costs.
     """
@@ -143,8 +178,8 @@ def stratify(costs: np.ndarray, per_step: int, strata: int, rng: np.random.Gener
     steps, rest = divmod(len(costs), per_step)
     left = ((np.arange(rest) + rng.random()) * len(costs) / max(rest, 1)).astype(np.int64)
     groups = np.delete(order, left).reshape(strata, steps, per_step // strata)
-    drawn = np.stack([rng.permutation(of_part) for of_part in groups], axis=1)
-    return np.concatenate([drawn.reshape(-1), order[left]])
+    groups[1::2] = groups[1::2, ::-1].copy()
+    return np.concatenate([rng.permutation(groups.swapaxes(0, 1)).reshape(-1), order[left]])
 
 
 def in_order(packs: Packs, order: np.ndarray) -> Packs:
@@ -174,16 +209,25 @@ def epoch_packs(
     order = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     if strategy.name == "naive":
         return one_each(order)
+    size = pack_tokens(strategy, max_length)
     if strategy.packer == "next_fit":
-        packs = next_fit(lengths, max_length, order)
+        packs = next_fit(lengths, size, order)
+    elif strategy.packer == "equal_cost":
+        assert cost is not None
+        packs = equal_cost(lengths, cost, size, float(cost(max_length)), order, strategy.window)
     else:
         fill = best_fit if strategy.packer == "best_fit" else spread
-        packs = fill(lengths, max_length, order, strategy.window)
+        packs = fill(lengths, size, order, strategy.window)
     if strategy.name == "balanced":
         assert cost is not None
         costs = np.add.reduceat(cost(lengths[packs.samples]), packs.offsets[:-1])
         return in_order(packs, stratify(costs, strategy.packs_per_step, strategy.strata, rng))
     return packs if strategy.packer == "next_fit" else in_order(packs, rng.permutation(len(packs.offsets) - 1))
+
+
+def pack_tokens(strategy: Strategy, max_length: int) -> int:
+    """The most tokens of a pack."""
+    return strategy.pack_tokens or max_length
 
 
 def packs_per_step(strategy: Strategy) -> int:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
 from longalign.data.mix import check_names, epoch_samples
-from longalign.data.packing import Packs, balance, epoch_packs, packs_per_step
+from longalign.data.packing import Packs, balance, epoch_packs, pack_tokens, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
 from longalign.model.cost import Cost, cost_of
@@ -114,6 +114,11 @@ def group(config: Config, output: Path) -> dict[str, Any]:
             f"max_length={config.max_length}; raise max_length or tokenize again with it"
         )
     strategy = config.strategy
+    if samples.length.max() > pack_tokens(strategy, config.max_length):
+        raise UserError(
+            f"strategy.pack_tokens={strategy.pack_tokens} is less than the longest sample, "
+            f"{samples.length.max()} tokens; raise it, or null for max_length={config.max_length}"
+        )
     if strategy.name == "balanced" and strategy.packs_per_step % strategy.strata:
         raise UserError(
             f"strategy.strata={strategy.strata} does not divide strategy.packs_per_step={strategy.packs_per_step}"
@@ -188,7 +193,7 @@ def _statistics(table: pa.Table, attention: np.ndarray, config: Config) -> dict[
         "steps": int(step[-1] - step[0] + 1),
         "packs": len(table),
         "tokens": int(tokens.sum()),
-        "fill_ratio": round(float(tokens.sum() / (len(table) * config.max_length)), 4),
+        "fill_ratio": round(float(tokens.sum() / (len(table) * pack_tokens(config.strategy, config.max_length))), 4),
         "sequences_per_pack": round(float(table["n_sequences"].to_numpy().mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / (step[-1] - step[0] + 1))),
         "cost_max_over_mean": round(float(cost.max() / cost.mean()), 2),

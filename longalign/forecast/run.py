@@ -72,8 +72,10 @@ def plan(config: Config, dry_run: bool) -> int:
     worst = max(
         (p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: (np.square(p).sum(), p.sum())
     )
-    if time_of(worst) is None:
-        raise UserError(does_not_fit(config, worst, shape, gpu, parameters, room))
+    largest = max((p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: p.sum())
+    for pack in (worst, largest):
+        if time_of(pack) is None:
+            raise UserError(does_not_fit(config, pack, shape, gpu, parameters, room))
     factor = probe(config, hf, worst, shape, gpu, policy, parameters, room) if config.plan.probe else None
     step_extra = optimizer_seconds(config, parameters, gpu)
     rows = {
@@ -229,10 +231,10 @@ def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, p
             words = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
             return f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}; it would with {words}"
     cluster = config.cluster
+    key = "strategy.pack_tokens" if worst.sum() > config.max_length else f"max_length={config.max_length}"
     return (
         f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}, whatever is offloaded; use more GPUs "
-        f"(cluster.processes={cluster.processes} cluster.sequence_parallel={cluster.sequence_parallel}), or lower "
-        f"max_length={config.max_length}"
+        f"(cluster.processes={cluster.processes} cluster.sequence_parallel={cluster.sequence_parallel}), or lower {key}"
     )
 
 

@@ -38,6 +38,7 @@ from longalign.train.evaluation import Evaluation
 from longalign.train.export import export
 from longalign.train.metrics import cut_after, open_metrics, peak_memory_gb
 from longalign.train.micro import micro_steps
+from longalign.train.saver import Saver
 
 _signal = 0  # the last SIGINT or SIGTERM received
 
@@ -93,9 +94,8 @@ def train(config: Config) -> None:
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    about = checkpoint.needs(config, plan.manifest["identity"])
-    start = checkpoint.find(config)
-    done = checkpoint.check(start, about) if start else 0
+    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
     if start:
         checkpoint.load(engine, start)
         checkpoint.abandon_after(run / "checkpoints", done)
@@ -105,7 +105,8 @@ def train(config: Config) -> None:
     evaluation = Evaluation(config, engine, n_steps, done) if config.eval_every else None
     if evaluation and evaluation.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
         evaluation.evaluate(done)
-    saved, stopped, began = done, 0, time.monotonic()
+    saver = Saver(config, engine, plan.manifest["identity"], done)
+    stopped, began = 0, time.monotonic()
 
     with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
@@ -146,18 +147,19 @@ def train(config: Config) -> None:
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
-                checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
-                saved, began = step, time.monotonic()
+                saver.save(step)
+                began = time.monotonic()
             if stopped and step < n_steps:
                 break
             if evaluation and evaluation.is_due(step):
                 evaluation.evaluate(step)
                 began = time.monotonic()
+    saver.finish()
     if metrics:
         metrics.close()
-    if stopped and saved < n_steps:
+    if stopped and saver.saved < n_steps:
         if rank == 0:
-            print(f"stopped after step {saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+            print(f"stopped after step {saver.saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
         return
     export(engine, config, run / "model")
     engine.destroy()

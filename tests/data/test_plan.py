@@ -35,7 +35,7 @@ MIX = np.load(Path(__file__).parent.parent / "fixtures" / "lengths.npy")  # 5,00
 
 def strategy(name: str, **changes: object) -> Strategy:
     values = {"average": "sequence", "batch_size": 96, "group_size": 8, "packs_per_step": 8}
-    values |= {"packer": "best_fit", "window": 1000, "strata": 4, "cost": None}
+    values |= {"packer": "best_fit", "window": 1000, "strata": 4, "pack_tokens": None, "cost": None}
     return Strategy(**{"name": name, **values, **changes})  # type: ignore[arg-type]
 
 
@@ -47,6 +47,7 @@ ALL = [
     strategy("packing", window=7),
     strategy("balanced", packer="spread"),
     strategy("balanced", packer="next_fit", packs_per_step=6, strata=3),
+    strategy("balanced", packer="equal_cost", window=700),
 ]
 BALANCED = strategy("balanced", packer="spread", packs_per_step=32, window=5000)
 COST = Cost(linear=6 * 32 * 202e6, quadratic=6 * 32 * 4096)  # Llama-2-7B's

@@ -30,6 +30,7 @@ STRATEGIES = {
     "sorted": ["strategy=sorted", "strategy.batch_size=6", "strategy.group_size=3"],
     "packing": ["strategy=packing", "strategy.packs_per_step=5"],
     "packing+weighting": ["strategy=packing+weighting", "strategy.packs_per_step=5"],
+    "balanced": ["strategy=balanced", "strategy.packs_per_step=4", "strategy.strata=2"],
     "token": ["strategy=packing+weighting", "strategy.packs_per_step=5", "strategy.average=token"],
 }
 PROCESSES = (1, 2, 4)
