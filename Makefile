@@ -53,7 +53,7 @@ clean:  ## remove what the demo made
 # -- the paper's runs: 8 GPUs of 80 GB; data/raw/long.jsonl and data/raw/sharegpt.jsonl as in the README ------------
 MODELS := chatglm3-6b llama2-7b llama2-13b
 PRESETS := $(filter-out base,$(notdir $(basename $(wildcard conf/model/*.yaml))))
-STRATEGIES := naive sorted packing packing+weighting
+STRATEGIES := naive sorted packing packing+weighting balanced
 
 tokenize-%: install  ## tokenize-MODEL: 0k, 5k and 10k long samples for one model
 	$(LONGALIGN) tokenize -m model=$* datanum=0k,5k,10k

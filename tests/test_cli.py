@@ -98,7 +98,7 @@ def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_di
     done = in_process("train", *words, "output_dir=run", "resume=none/step-000001", cwd=tmp_path)
     assert done.returncode == 2
     assert "is no checkpoint" in done.stderr
-    huge = ["model.init=random", "model.config.num_hidden_layers=9000", "model.config.intermediate_size=99999"]
+    huge = ["model.init=random", "model.config.num_hidden_layers=9", "model.config.intermediate_size=99999999"]
     done = in_process("train", *words, "output_dir=run", *huge, "save_every=null", cwd=tmp_path)
     assert done.returncode == 2
     assert "preflight=false" in done.stderr
@@ -149,14 +149,14 @@ def test_data_of_another_tokenizer_is_refused(
 
 def test_tokenize_reports_what_it_dropped(tmp_path: Path, base_words: list[str]) -> None:
     write_jsonl(tmp_path / "long.jsonl", [conversation(5, 3, 0), "{broken", {"messages": []}])
-    done = longalign("tokenize", *base_words, "long_file=long.jsonl", "short_file=null", "data_dir=out", cwd=tmp_path)
+    done = in_process("tokenize", *base_words, "long_file=long.jsonl", "short_file=null", "data_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "malformed JSON" in done.stderr
     assert "2 samples dropped, named in out/dropped.jsonl" in done.stderr.replace("\n", "")
 
 
 def test_broken_worker_is_reported(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
-    done = longalign(
+    done = in_process(
         "train",
         *base_words,
         f"data_dir={data_dir}",

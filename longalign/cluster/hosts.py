@@ -15,7 +15,7 @@ from typing import Any
 
 from longalign.cluster import link
 from longalign.cluster.agent import PACKAGES, fingerprints
-from longalign.cluster.workers import cause, on_stop
+from longalign.cluster.workers import cause, on_stop, stopping
 from longalign.errors import UserError
 from longalign.files import versions
 from longalign.progress import console
@@ -146,7 +146,7 @@ def run_hosts(command: list[str], config: Config, names: list[str], logs: Path) 
     try:
         hosts.start(names, config.cluster.remote_shell)
         meet(hosts, command, config, logs)
-        return watch(hosts)
+        return watch(hosts, config)
     finally:
         hosts.end()
 
@@ -202,7 +202,7 @@ def check_same(
         raise UserError(f"{name} has {seen['gpus']} GPU(s), fewer than cluster.processes={config.cluster.processes}")
 
 
-def watch(hosts: Hosts) -> int:
+def watch(hosts: Hosts, config: Config) -> int:
     """Show rank 0's output until all have ended, or one has failed; returns the exit code."""
     stops: list[int] = []
     held: deque[tuple[float, str]] = deque()
@@ -214,6 +214,8 @@ def watch(hosts: Hosts) -> int:
                 case {"stop": number}:
                     stops.append(number)
                     hosts.send(signal=number if len(stops) == 1 else int(signal.SIGKILL))
+                    if len(stops) == 1:
+                        console.print(stopping(config))
                 case {"stopped": number}:  # a scheduler stopped that host: its ranks make all others save and stop
                     stops.append(number)
                 case {"output": text}:

@@ -122,6 +122,15 @@ def cause(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
+def stopping(config: Config) -> str:
+    """What happens after the first signal, and what stands if there is no time for it."""
+    from longalign.train.checkpoint import complete, step_of  # torch, which an agent does not need
+
+    newest = complete(Path(config.output_dir or "", "checkpoints"))
+    stands = f"the checkpoint of step {step_of(newest[-1])} stands" if newest else "the run starts anew"
+    return f"stopping: the step in progress is finished and saved; killed before that, {stands} (resume=auto)"
+
+
 def run_workers(command: list[str], config: Config, logs: Path) -> int:
     """Run one process per rank on this host and wait for all; returns the exit code of the run.
 
@@ -145,8 +154,12 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                 environment = worker_environment(config, rank, port)
                 workers.append(start_worker(command, environment, log, if_orphaned=signal.SIGTERM))
             failed = None
+            told = False
             while failed is None and any(worker.poll() is None for worker in workers):
                 time.sleep(0.1)
+                if received and not told:
+                    console.print(stopping(config))
+                    told = True
                 failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
         finally:
             end(workers, dump=True)

@@ -32,9 +32,13 @@ def name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def complete(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; unfinished ones have another name."""
-    return sorted(p for p in folder.glob("step-*") if (p / RECORD).is_file())
+    return sorted((p for p in folder.glob("step-*") if (p / RECORD).is_file()), key=step_of)
 
 
 def abandon_after(folder: Path, step: int) -> None:
@@ -42,7 +46,7 @@ def abandon_after(folder: Path, step: int) -> None:
     dist.barrier()  # all ranks have chosen their checkpoint among the names that stand here now
     if dist.get_rank() == 0:
         for path in complete(folder):
-            if path.name > name(step):
+            if step_of(path) > step:
                 path.rename(folder / f"abandoned-{path.name}")
 
 

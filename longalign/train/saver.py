@@ -27,7 +27,7 @@ from longalign.model.offload import Host
 from longalign.progress import warn
 from longalign.schema import Config
 from longalign.train import state
-from longalign.train.checkpoint import LAYOUT, RECORD, complete, name
+from longalign.train.checkpoint import LAYOUT, RECORD, complete, name, step_of
 
 
 class Saver:
@@ -76,13 +76,26 @@ class Saver:
         self.thread = threading.Thread(target=self._write, args=(partial, index, copy.split(2**24), about), daemon=True)
         self.thread.start()
 
+    def poll(self) -> None:
+        """Raises UserError if the last save could not be written."""
+        if self.error:
+            raise self.error
+
     def finish(self) -> None:
         """Wait until the last save stands. Raises UserError if it could not be written."""
         if self.thread:
             self.thread.join()
             self.thread = None
-        if self.error:
-            raise self.error
+        self.poll()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.finish()
+        elif self.thread:  # an error ends the run: what is being written shall stand, unless a rank is gone
+            self.thread.join(timeout=60)
 
     def _copy(self, owned: list[state.Piece], floats: int) -> torch.Tensor:
         like = owned[0].flat if owned else torch.empty(0)
@@ -128,7 +141,7 @@ class Saver:
         final = self.folder / name(about["step"])
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        milestone = lambda path: self.config.keep_every and int(path.name[5:]) % self.config.keep_every == 0
+        milestone = lambda path: self.config.keep_every and step_of(path) % self.config.keep_every == 0
         for old in [path for path in complete(self.folder) if not milestone(path)][: -self.config.keep_last]:
             shutil.rmtree(old)
         return True

@@ -129,7 +129,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     saver = Saver(config, engine, plan.manifest["identity"], done)
     stopped, began = 0, time.monotonic()
 
-    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+    with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
             packs, lr = plan.step(step), learning_rate(step, n_steps, config)
             for parameters in engine.optimizer.param_groups:
@@ -166,6 +166,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             journal.write("metrics", row)
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
+            saver.poll()
             if bad_steps.too_many:  # the weights are still those of the last good step
                 with heartbeat.unwatched("checkpoint"):
                     saver.finish()
@@ -184,8 +185,8 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                     evaluation.evaluate(step)
                 began = time.monotonic()
             heartbeat.watch()  # not in the first step, in which kernels may be compiled
-    with heartbeat.unwatched("checkpoint"):
-        saver.finish()
+        with heartbeat.unwatched("checkpoint"):
+            saver.finish()
     journal.close()
     if stopped and saver.saved < n_steps:
         if rank == 0:

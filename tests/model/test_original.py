@@ -106,14 +106,14 @@ original.converted(Path(sys.argv[1]))
 def test_one_of_several_processes_converts(tmp_path: Path, cache: Path) -> None:
     command = [sys.executable, "-c", TOGETHER, str(make_original(tmp_path / "o"))]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
-    assert [process.stdout.readline() for process in started if process.stdout] == ["ready\n"] * 3
+    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["ready\n"] * 2
     for process in started:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
     said = [process.communicate(timeout=120)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert [process.returncode for process in started] == [0, 0], said
     assert sum("converting" in text for text in said) == 1
     assert len(conversions(cache)) == 1
 

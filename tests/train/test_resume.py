@@ -105,6 +105,7 @@ def stop(process: subprocess.Popen[str], number: int, code: int, folder: Path) -
     _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
     assert "resume=auto continues" in said
+    assert "stopping: the step in progress is finished and saved; killed before that" in said
     steps = len(read_metrics(folder / "run" / "metrics.jsonl"))
     assert steps < STEPS
     assert (folder / "run" / "checkpoints" / f"step-{steps:06d}").is_dir(), "the very last step was saved"
