@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tiny-base test test-grid check format clean
+.PHONY: help install demo tiny-base test test-grid test-faults check format clean
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
@@ -32,8 +32,11 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 test: install  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; six minutes
+test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; a quarter of an hour
 	$(BIN)/python -m pytest -m grid -rP
+
+test-faults: install  ## twenty ranks killed at random moments, and every run resumed exactly
+	$(BIN)/python -m pytest -m faults
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .
@@ -50,7 +53,7 @@ clean:  ## remove what the demo made
 # -- the paper's runs: 8 GPUs of 80 GB; data/raw/long.jsonl and data/raw/sharegpt.jsonl as in the README ------------
 MODELS := chatglm3-6b llama2-7b llama2-13b
 PRESETS := $(filter-out base,$(notdir $(basename $(wildcard conf/model/*.yaml))))
-STRATEGIES := naive sorted packing packing+weighting
+STRATEGIES := naive sorted packing packing+weighting balanced
 
 tokenize-%: install  ## tokenize-MODEL: 0k, 5k and 10k long samples for one model
 	$(LONGALIGN) tokenize -m model=$* datanum=0k,5k,10k

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -76,7 +77,9 @@ def _run(name: str, words: list[str], dry_run: bool, show_config: bool, multirun
     return command(config, dry_run)
 
 
-def _command(name: str, summary: str) -> None:
+def _command(name: str, summary: str, path_is: str | None = None) -> None:
+    """path_is: the key that a word of no key stands for."""
+
     def command(
         overrides: Overrides = None,
         dry_run: DryRun = False,
@@ -84,9 +87,15 @@ def _command(name: str, summary: str) -> None:
         multirun: Multirun = False,
         config_dir: ConfigDir = None,
     ) -> None:
-        run(name, overrides or [], dry_run, show_config, multirun, config_dir)
+        words = [f"{path_is}={w}" if path_is and _is_path(w) else w for w in overrides or []]
+        run(name, words, dry_run, show_config, multirun, config_dir)
 
     app.command(name, help=summary)(command)
+
+
+def _is_path(word: str) -> bool:
+    """`runs/x` and `runs/lr=1`, but not `watch.once=true`."""
+    return "=" not in word or Path(word).exists()
 
 
 _command(
@@ -97,6 +106,7 @@ _command(
 _command("tokenize", "Encode raw conversations into one Arrow table, accounting for every sample.")
 _command("group", "Plan which samples share a pack and which packs share a step.")
 _command("train", "Train on the plan; groups first if there is none. Ctrl-C saves a checkpoint.")
+_command("watch", "Show what a run, or a folder of runs, is doing: longalign watch RUN.", path_is="output_dir")
 _command("stats", "Show what tokenised data holds and lost, its lengths, and what each strategy makes of it.")
 _command(
     "eval",

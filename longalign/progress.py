@@ -36,6 +36,14 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
+def ago(seconds: float) -> str:
+    """75 -> '75 s', 600 -> '10 min'."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 class Bar:
     """`with Bar("tokenize", total=100, unit="samples") as bar: bar.advance(1, note="loss 2.1")`.
 

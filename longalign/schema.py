@@ -50,13 +50,16 @@ class DataNum(Strict):
 
 
 class Strategy(Strict):
-    name: Literal["naive", "sorted", "packing", "packing+weighting"]
+    name: Literal["naive", "sorted", "packing", "packing+weighting", "balanced"]
     average: Literal["sequence", "pack", "token"]
     batch_size: PositiveInt
     group_size: PositiveInt
     packs_per_step: PositiveInt
-    packer: Literal["best_fit", "next_fit"]
+    packer: Literal["best_fit", "next_fit", "spread", "equal_cost"]
     window: PositiveInt
+    pack_tokens: PositiveInt | None
+    strata: PositiveInt
+    cost: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None
 
 
 class Mix(Strict):
@@ -64,16 +67,39 @@ class Mix(Strict):
     max_samples: PositiveInt | None = None
 
 
+class Slurm(Strict):
+    partition: str | None
+    account: str | None
+    time: str | None
+    warn_s: PositiveInt
+    options: Words
+    setup: Words
+
+
 class Cluster(Strict):
     name: str
     device: Literal["auto", "cuda", "cpu"]
     processes: PositiveInt | Literal["auto"]
+    nodes: PositiveInt | Literal["auto"]
+    launcher: Literal["local", "hostfile", "slurm", "torchrun"]
+    hostfile: str
+    remote_shell: Annotated[str, Field(pattern=r"\{command\}")]
+    master_addr: str | None
+    port: Annotated[int, Field(ge=1, le=65535)] | None
+    pass_env: Words
+    slurm: Slurm
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool
     offload_param: bool
     packs_per_micro_step: PositiveInt
+    sequence_parallel: PositiveInt
     deepspeed: dict[str, Any]
     env: dict[str, Annotated[str, BeforeValidator(str)]]
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all hosts; after launch.resolve, when both are numbers."""
+        return int(self.processes) * int(self.nodes)
 
 
 class Synthetic(Strict):
@@ -274,7 +300,7 @@ class Bench(Strict):
     warm_up: Annotated[int, Field(ge=0)]
     repeat: PositiveInt
     step_packs: PositiveInt | None
-    peer: Literal["trl"] | None
+    peer: Annotated[list[Literal["trl", "trl-defaults"]], BeforeValidator(_as_list)]
 
 
 class Forecast(Strict):
@@ -282,6 +308,24 @@ class Forecast(Strict):
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None
     host_gib: Annotated[float, Field(gt=0)] | None
     probe: bool
+
+
+class Wandb(Strict):
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: Words
+
+
+class Loggers(Strict):
+    tensorboard: bool = False
+    wandb: Wandb | None = None
+
+
+class Watch(Strict):
+    once: bool | Literal["auto"]
+    every_s: Annotated[float, Field(ge=0.1)]
 
 
 class Config(Strict):
@@ -292,6 +336,7 @@ class Config(Strict):
     source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
     task: Tasks
     judge: Judge | None
+    logger: Loggers
 
     seed: Annotated[int, Field(ge=0)]
     shuffle: bool
@@ -320,6 +365,9 @@ class Config(Strict):
     eval_every: PositiveInt | None
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
+    keep_every: PositiveInt | None
+    max_bad_steps: PositiveInt
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None
     resume: str
     init_from: str | None
     overwrite: bool
@@ -335,6 +383,8 @@ class Config(Strict):
     endpoint: Endpoint
     compare: Paths
     compare_paper: bool
+
+    watch: Watch
 
     verify: Verify
 

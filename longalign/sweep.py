@@ -81,6 +81,7 @@ class Job:
         try:
             config = own_folder(validate(composed), self.command, swept, self.fixed)
             record["output_dir"] = str(Path(config.output_dir or "").absolute())
+            self._keep(record)  # for those who watch the sweep
             console.rule(f"{self.command} {' '.join(swept)}")
             from longalign import commands
 
@@ -95,12 +96,15 @@ class Job:
             raise KeyboardInterrupt
         if record["exit_code"] == 143:
             sys.exit(143)
-        os.makedirs(Path(self.folder) / RUNS, exist_ok=True)
-        write_json(Path(self.folder) / RUNS / f"{hydra.job.num}.json", record)
+        self._keep(record)
         figures = result(self.command, record)
         if figures and composed.objective not in figures and self.command == "train":
             warn(f"objective={composed.objective} is no figure of a run; one of {', '.join(figures)}")
         return float(figures.get(str(composed.objective), math.nan))
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        os.makedirs(Path(self.folder) / RUNS, exist_ok=True)
+        write_json(Path(self.folder) / RUNS / f"{record['run']}.json", record)
 
 
 def own_folder(config: Config, command: str, swept: list[str], fixed: list[str]) -> Config:
@@ -124,7 +128,7 @@ def result(command: str, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     folder = Path(record["output_dir"])
     if command == "train":
-        rows = read_metrics(folder / "metrics.jsonl")
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if not row.get("skipped")]
         return rows[-1] if rows else {}
     if command == "eval" and (folder / "results.json").is_file():
         return {name: task["score"] for name, task in read_json(folder / "results.json")["tasks"].items()}

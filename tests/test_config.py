@@ -30,7 +30,7 @@ def test_every_option_composes(group: str, option: str) -> None:
     config = compose_config("train", [f"{group}={option}", *NEEDS.get(option, [])])
     if (group, option) == ("judge", "none"):
         assert config.judge is None
-    elif group not in ("experiment", "task"):
+    elif group not in ("experiment", "task", "logger"):  # of the last two there may be several
         assert getattr(config, group).name == option
 
 
@@ -134,7 +134,11 @@ def test_sweep_lists_are_not_quoted() -> None:
         ("lr=inf", "lr=inf is not allowed: it should be a finite number"),
         ("source.max_tokens=200 ", "at least min_tokens=256"),
         ("source.max_tokens=many", "source.max_tokens='many' is not allowed: it should be a valid integer"),
-        ("source.html=all", "Key 'html' is not in struct"),
+        (
+            "source.html=all",
+            "source.html is no setting of the source chosen: give source= as well (one of files, hub, ",
+        ),
+        ("judge.model=m", "judge.model is no setting of the judge chosen"),
         ("task.needle.depths=[2]", "it should be less than or equal to 1"),
     ],
 )
@@ -193,11 +197,14 @@ def test_every_key_has_a_default_in_yaml() -> None:
     tasks = groups()["task"]
     words = [
         "judge=local",
+        "logger=[tensorboard,wandb]",
         f"task=[{','.join(tasks)}]",
         *(word for o in ("local", *tasks) for word in NEEDS.get(o, [])),
     ]
     full = compose_config("train", words)
-    composed |= {"task": full.task.model_dump(), "judge": full.judge and full.judge.model_dump()}
+    composed |= {
+        name: part and part.model_dump() for name in ("task", "judge", "logger") for part in [getattr(full, name)]
+    }
     for key in KEYS:
         value: object = composed
         for part in key.split("."):

@@ -67,12 +67,11 @@ def test_memory_of_the_papers_run(tmp_path: Path, run_config: Callable[..., Conf
 def test_too_little_memory_is_refused_or_only_warned_of(
     tmp_path: Path, run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
 
     from longalign import launch, preflight
 
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
-    with pytest.raises(UserError, match=r"this machine has 9\.8 KiB.*preflight=false starts anyway"):
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 10_000)
+    with pytest.raises(UserError, match=r"9\.8 KiB are free here.*preflight=false starts anyway"):
         preflight.check_memory(launch.resolve(run_config(tmp_path)), parameters=100_000)
     warned: list[str] = []
     monkeypatch.setattr(preflight, "warn", warned.append)

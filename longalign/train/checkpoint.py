@@ -1,61 +1,44 @@
-"""Checkpoints of a run: written whole or not at all, the newest kept, refused when cut short.
+"""Checkpoints of a run: which there are, whether they are whole, and how an engine takes one up.
 
-checkpoints/step-000200/   checkpoint.json   step, world size, ZeRO stage, plan, and the size of every file
-                           state/            what DeepSpeed saves: weights, optimizer states
+checkpoints/step-000200/   checkpoint.json            step, updates, plan, and the files with their sizes
+                           rank-00000.bin, .json      the pieces (train/state.py) that a rank owned, and a checksum
+
+They are written by train/saver.py. What they hold does not depend on ranks or ZeRO stage: any run of the same plan
+goes on from them.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
+import xxhash
 
 from longalign.errors import UserError
-from longalign.files import disk_errors, read_json, write_json
+from longalign.files import read_json
 from longalign.progress import warn
 from longalign.schema import Config
+from longalign.train import state
 
 RECORD = "checkpoint.json"
+LAYOUT = 2  # of the files; 1 was DeepSpeed's own
+BLOCK = 2**26  # bytes read at once
 
 
 def name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(engine: Any, folder: Path, step: int, keep_last: int, about: dict[str, Any]) -> Path:
-    """Save the engine's state after optimizer step `step`; called by every rank.
-
-    `about` is what a resumed run must have in common with this one (see `needs`). Raises UserError on a full disk.
-    """
-    final, partial = folder / name(step), folder / f".{name(step)}.partial"
-    first = dist.get_rank() == 0
-    try:
-        with disk_errors(final, "output_dir"):
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.barrier()
-            engine.save_checkpoint(str(partial), tag="state", save_latest=False)
-            dist.barrier()
-            if first:
-                files = {str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()}
-                write_json(partial / RECORD, {"step": step, **about, "files": files})
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                for old in complete(folder)[:-keep_last]:
-                    shutil.rmtree(old)
-    finally:
-        if first:  # after a failure; a whole checkpoint has been renamed
-            shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    return final
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; unfinished ones have another name."""
-    return sorted(p for p in folder.glob("step-*") if (p / RECORD).is_file())
+    return sorted((p for p in folder.glob("step-*") if (p / RECORD).is_file()), key=step_of)
 
 
 def abandon_after(folder: Path, step: int) -> None:
@@ -63,12 +46,15 @@ def abandon_after(folder: Path, step: int) -> None:
     dist.barrier()  # all ranks have chosen their checkpoint among the names that stand here now
     if dist.get_rank() == 0:
         for path in complete(folder):
-            if path.name > name(step):
+            if step_of(path) > step:
                 path.rename(folder / f"abandoned-{path.name}")
 
 
+# -- is it whole? ---------------------------------------------------------------------------------------
+
+
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing."""
+    """What is wrong with a checkpoint's names and sizes, None if nothing."""
     try:
         files = read_json(checkpoint / RECORD)["files"]
     except (ValueError, KeyError):
@@ -82,21 +68,50 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def find(config: Config) -> Path | None:
-    """The checkpoint that `resume` means, None to start anew. Raises UserError if it is missing or damaged."""
+def bit_damage(checkpoint: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with the content of this rank's share of a checkpoint's files, None if nothing."""
+    for number, path in enumerate(sorted(checkpoint.glob("rank-*.json"))):
+        if number % ranks != rank:
+            continue
+        try:
+            index = read_json(path)
+            wanted, found = index["checksum"], xxhash.xxh3_128(repr(index["pieces"]).encode())
+        except (ValueError, KeyError):
+            return f"{path.name} is no index"
+        with open(data := path.with_suffix(".bin"), "rb") as file:
+            while block := file.read(BLOCK):
+                found.update(block)
+        if found.hexdigest() != wanted:
+            return f"{data.name} does not have the checksum it was written with"
+    return None
+
+
+def damage_seen_by_any(checkpoint: Path) -> str | None:
+    """`damage`, and `bit_damage` of every rank's share of the files. Called by every rank, all of which are told."""
+    mine = damage(checkpoint) or bit_damage(checkpoint, dist.get_rank(), dist.get_world_size())
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    return next((one for one in told if one), None)
+
+
+def find(config: Config, wrong_with: Any = damage) -> Path | None:
+    """The checkpoint that `resume` means, None to start anew. Raises UserError if it is missing or damaged.
+
+    wrong_with: `damage`, or in a worker `damage_seen_by_any`.
+    """
     if config.resume == "none":
         return None
     if config.resume != "auto":
         path = Path(config.resume)
         if not (path / RECORD).is_file():
             raise UserError(f"resume={path} is no checkpoint (no {RECORD} in it); give none, auto or a checkpoint")
-        if wrong := damage(path):
+        if wrong := wrong_with(path):
             raise UserError(f"resume={path} is damaged: {wrong}; take an older one, or resume=auto finds it")
         return path
     assert config.output_dir is not None
     candidates = complete(Path(config.output_dir) / "checkpoints")
     for path in reversed(candidates):
-        wrong = damage(path)
+        wrong = wrong_with(path)
         if wrong is None:
             return path
         warn(f"skipping damaged checkpoint {path.name}: {wrong}")
@@ -105,26 +120,44 @@ def find(config: Config) -> Path | None:
     return None
 
 
-def needs(config: Config, plan: dict[str, Any]) -> dict[str, Any]:
-    """What a run must have in common with the one that wrote a checkpoint. `plan`: the plan's identity."""
-    return {"processes": int(config.cluster.processes), "zero_stage": config.cluster.zero_stage, "plan": plan}
-
-
-def check(checkpoint: Path, about: dict[str, Any]) -> int:
-    """The step of a checkpoint. Raises UserError if the run that wrote it cannot be continued by this one."""
+def check(checkpoint: Path, plan: dict[str, Any]) -> int:
+    """The step of a checkpoint. Raises UserError if it was written for another plan. plan: the plan's identity."""
     record = read_json(checkpoint / RECORD)
-    advice = {
-        "processes": "resume with as many processes",
-        "zero_stage": "resume with the same cluster.zero_stage",
-        "plan": "data, strategy, max_length, seed, epochs or mix changed; init_from takes the weights alone",
-    }
-    for key, hint in advice.items():
-        if record[key] != about[key]:
-            raise UserError(f"{checkpoint} was written with another {key} ({record[key]}, now {about[key]}): {hint}")
+    if record.get("layout") != LAYOUT:
+        raise UserError(f"{checkpoint} has the layout of an older longalign; init_from takes a model's weights alone")
+    if record["plan"] != plan:
+        changed = sorted(key for key in plan if record["plan"].get(key) != plan[key])
+        what = f"another plan ({', '.join(changed)} changed)"
+        raise UserError(f"{checkpoint} was written for {what}; init_from takes the weights alone")
     return int(record["step"])
 
 
+# -- taking it up -----------------------------------------------------------------------------------------
+
+
 def load(engine: Any, checkpoint: Path) -> None:
-    """Restore weights and optimizer states; called by every rank."""
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="state", load_lr_scheduler_states=False)
-    assert path is not None, f"DeepSpeed did not load {checkpoint}"
+    """Restore weights and optimizer states, whatever layout wrote them. Called by every rank; each reads its part."""
+    record = read_json(checkpoint / RECORD)
+    saved: dict[str, list[tuple[int, int, int, np.ndarray]]] = {}  # name -> (start, stop, place in floats, file)
+    for path in sorted(checkpoint.glob("rank-*.json")):
+        index = read_json(path)
+        if not index["pieces"]:
+            continue
+        floats: np.ndarray = np.memmap(path.with_suffix(".bin"), dtype=np.float32, mode="r")
+        for parameter, *place in index["pieces"]:
+            saved.setdefault(parameter, []).append((*place, floats))
+    state.make_moments(engine, record["updates"])
+    for piece in state.pieces(engine):
+        filled = 0
+        for start, stop, at, floats in saved.get(piece.name, []):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low >= high:
+                continue
+            for kind, tensor in enumerate(state.tensors(engine, piece)):
+                first = at + kind * (stop - start) + low - start
+                values = torch.from_numpy(floats[first : first + high - low].copy())
+                tensor[low - piece.start : high - piece.start].copy_(values)
+            filled += high - low
+        if filled != piece.stop - piece.start:
+            raise UserError(f"{checkpoint} is of another model: it has not all of {piece.name}")
+    state.refresh(engine)

@@ -8,31 +8,28 @@ seconds                                                                         
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from longalign.schema import Config
 from longalign.train.answers import Asked
 from longalign.train.heldout import HeldOut
-from longalign.train.metrics import open_metrics, read_metrics
+from longalign.train.metrics import Journal, read_metrics
 
 
 class Evaluation:
-    """The evaluations of a run and its eval.jsonl, continued behind step `done`."""
+    """The evaluations of a run, continued behind step `done`."""
 
-    def __init__(self, config: Config, engine: Any, n_steps: int, done: int):
+    def __init__(self, config: Config, engine: Any, journal: Journal, n_steps: int, done: int):
         assert config.eval_every is not None
-        self.engine, self.every, self.n_steps = engine, config.eval_every, n_steps
+        self.engine, self.journal, self.every, self.n_steps = engine, journal, config.eval_every, n_steps
         self.heldout = HeldOut(config) if "heldout" in config.eval_tasks else None
         self.asked = Asked(config, engine)
         path = Path(config.output_dir or "") / "eval.jsonl"
         self.last = max((row["step"] for row in read_metrics(path) if row["step"] <= done), default=0)
-        self.file = open_metrics(path, done) if dist.get_rank() == 0 else None
 
     def is_due(self, step: int) -> bool:
         """Every eval_every steps and after the last, once."""
@@ -51,6 +48,4 @@ class Evaluation:
         self.engine.module.train()
         self.engine.empty_partition_cache()  # ZeRO-3 keeps weights that its trace of training would use again
         self.last = step
-        if self.file:
-            row = {"step": step, **found, "seconds": round(time.monotonic() - began, 4)}
-            self.file.write(json.dumps(row) + "\n")
+        self.journal.write("eval", {"step": step, **found, "seconds": round(time.monotonic() - began, 4)})

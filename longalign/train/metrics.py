@@ -1,15 +1,57 @@
-"""metrics.jsonl, one row per optimizer step, and eval.jsonl, one per evaluation."""
+"""The rows of a run: metrics.jsonl, one per optimizer step; eval.jsonl, one per evaluation; bad_steps.jsonl, one per
+skipped step."""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
 from longalign.files import write_text
+from longalign.schema import Config
+from longalign.train.loggers import open_loggers
+
+KINDS = {"metrics": "train", "eval": "eval", "bad_steps": None}  # file -> name of its curves; None has no curve
+
+
+class Journal:
+    """The rows of a run, continued behind step `done`, in files and loggers. Rank 0 writes, others do nothing."""
+
+    def __init__(self, config: Config, done: int, writes: bool):
+        self.run, self.writes = Path(config.output_dir or ""), writes
+        self.loggers = open_loggers(config, done) if writes else []
+        self.files: dict[str, TextIO] = {}
+        for name in KINDS if writes else ():
+            cut_after(self.run / f"{name}.jsonl", done)
+
+    def write(self, name: Literal["metrics", "eval", "bad_steps"], row: dict[str, Any]) -> None:
+        """Add a row to NAME.jsonl; numbers that are not finite become null, as JSON has no others."""
+        if not self.writes:
+            return
+        if name not in self.files:
+            self.files[name] = open(self.run / f"{name}.jsonl", "a", encoding="utf-8", buffering=1)
+        row = finite(row)
+        self.files[name].write(json.dumps(row) + "\n")
+        for logger in self.loggers:
+            if kind := KINDS[name]:
+                logger.log(kind, row)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_after(path: Path, done_steps: int) -> None:
@@ -17,12 +59,6 @@ def cut_after(path: Path, done_steps: int) -> None:
     if path.is_file():
         rows = [row for row in read_metrics(path) if row["step"] <= done_steps] if done_steps else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def open_metrics(path: Path, done_steps: int) -> TextIO:
-    """Open for appending behind the row of step `done_steps`."""
-    cut_after(path, done_steps)
-    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,14 +6,13 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the environm
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,16 @@ from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
 from longalign.train import checkpoint
+from longalign.train.bad_steps import BadSteps, TooManyBadSteps, poisoned
 from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine, learning_rate
 from longalign.train.evaluation import Evaluation
 from longalign.train.export import export
-from longalign.train.metrics import cut_after, open_metrics, peak_memory_gb
+from longalign.train.heartbeat import Heartbeat
+from longalign.train.metrics import Journal, peak_memory_gb
 from longalign.train.micro import micro_steps
+from longalign.train.saver import Saver
+from longalign.train.trace import Trace
 
 _signal = 0  # the last SIGINT or SIGTERM received
 
@@ -48,25 +51,39 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 
 def train_step(
-    engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown | None = None
+    engine: Any,
+    dataset: Dataset,
+    packs: list[Pack],
+    config: Config,
+    breakdown: Breakdown | None = None,
+    trace: Trace | None = None,
 ) -> torch.Tensor:
     """Forward, backward and update over the packs of one step.
 
     Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
-    nothing is divided by the number of micro-steps.
+    nothing is divided by the number of micro-steps. Sequence parallelism changes none of this: the step's loss is still
+    the sum of the ranks' shares, each of its own targets, and its gradient the sum of what the ranks' weights receive:
+    the exchanges around attention carry back to every rank what other ranks' targets owe to its tokens.
     """
     shares: torch.Tensor | float = 0.0
     keep: Activations = engine.activations
+    trace = trace or Trace(engine.device)
     slice_tokens = config.slice_tokens or keep.slice_tokens()
-    for batch, weights, is_last in micro_steps(dataset, packs, config, engine.device, breakdown, slice_tokens):
+    trace.enter("data")
+    for batch, weights, is_last, samples in micro_steps(dataset, packs, config, engine.device, breakdown, slice_tokens):
         with out_of_memory_told(config, batch):
+            trace.enter("forward")
             keep.before(batch.input_ids.numel())
             loss, share = engine(batch, weights)
+            trace.enter("backward")
             engine.set_gradient_accumulation_boundary(is_last)
-            engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            engine.backward(poisoned(loss) * dist.get_world_size(), scale_wrt_gas=False)
             keep.after()
+            trace.enter("optimizer")
             engine.step()
+            trace.enter("data")
+        trace.losses.append((samples, loss.detach()))
         shares = shares + share
     assert isinstance(shares, torch.Tensor), "a step has packs"
     return shares
@@ -85,93 +102,121 @@ def out_of_memory_told(config: Config, batch: Batch) -> Iterator[None]:
 
 def train(config: Config) -> None:
     """Train one run to its end, or until a signal asks to save and stop."""
+    logs = Path(config.output_dir or "") / "logs"
+    with Heartbeat(logs, dist.get_rank(), config.hang_timeout_s) as heartbeat:
+        heartbeat.end("finished" if train_all(config, heartbeat) else "stopped")
+
+
+def train_all(config: Config, heartbeat: Heartbeat) -> bool:
+    """Whether all steps are done and the model is written. Raises TooManyBadSteps, with a checkpoint written."""
     assert config.output_dir is not None
     run, rank, device = Path(config.output_dir), dist.get_rank(), config.cluster.device
     dataset, data = read_data(config.data_dir)
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    about = checkpoint.needs(config, plan.manifest["identity"])
-    start = checkpoint.find(config)
-    done = checkpoint.check(start, about) if start else 0
+    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
     if start:
         checkpoint.load(engine, start)
         checkpoint.abandon_after(run / "checkpoints", done)
-    if start and rank == 0:
-        cut_after(run / "eval.jsonl", done)
-    metrics = open_metrics(run / "metrics.jsonl", done) if rank == 0 else None
-    evaluation = Evaluation(config, engine, n_steps, done) if config.eval_every else None
+    journal = Journal(config, done, writes=rank == 0)
+    trace, bad_steps = Trace(engine.device, heartbeat), BadSteps(config, dataset, journal, done)
+    evaluation = Evaluation(config, engine, journal, n_steps, done) if config.eval_every else None
     if evaluation and evaluation.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
-        evaluation.evaluate(done)
-    saved, stopped, began = done, 0, time.monotonic()
+        with heartbeat.unwatched("evaluation"):
+            evaluation.evaluate(done)
+    saver = Saver(config, engine, plan.manifest["identity"], done)
+    stopped, began = 0, time.monotonic()
 
-    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+    with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
-            packs = plan.step(step)
-            lr = learning_rate(step, n_steps, config)
+            packs, lr = plan.step(step), learning_rate(step, n_steps, config)
             for parameters in engine.optimizer.param_groups:
                 parameters["lr"] = lr
-            shares = train_step(engine, dataset, packs, config, breakdown)
+            trace.begin(step)
+            shares = train_step(engine, dataset, packs, config, breakdown, trace)
+            trace.enter("sync")
             # Sum the shares over ranks, and let all ranks agree on stopping after this very step.
             summed = torch.cat([torch.tensor([float(bool(_signal))], device=shares.device), shares.double()])
             dist.all_reduce(summed)
             stop, loss, loss_sequence, loss_token, *by_group = summed.tolist()
             seconds, began = time.monotonic() - began, time.monotonic()
             grad_norm = float(engine.get_global_grad_norm())
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                samples = [s for p in packs for s in p.sample_ids]
-                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; its samples: {samples}")
             tokens = sum(p.tokens for p in packs)
-            if metrics:
-                row = {
-                    "step": step,
-                    "epoch": plan.epoch(step),
-                    "loss": loss,
-                    "loss_sequence": loss_sequence,
-                    "loss_token": loss_token,
-                    **breakdown.rows(by_group, breakdown.counts(packs)),
-                    "lr": lr,
-                    "grad_norm": grad_norm,
-                    "tokens": tokens,
-                    "targets": sum(p.n_target for p in packs),
-                    "sequences": sum(p.n_sequences for p in packs),
-                    "packs": len(packs),
-                    "tokens_per_s": round(tokens / seconds, 1),
-                    "step_s": round(seconds, 4),
-                    "peak_mem_gb": peak_memory_gb(device),
-                }
-                metrics.write(json.dumps(row) + "\n")
+            row = {
+                "step": step,
+                "epoch": plan.epoch(step),
+                "loss": loss,
+                "loss_sequence": loss_sequence,
+                "loss_token": loss_token,
+                **breakdown.rows(by_group, breakdown.counts(packs)),
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "skipped": bad_steps.is_bad(step, loss, grad_norm, packs, trace.losses),
+                "tokens": tokens,
+                "targets": sum(p.n_target for p in packs),
+                "sequences": sum(p.n_sequences for p in packs),
+                "packs": len(packs),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "step_s": round(seconds, 4),
+                "time": trace.seconds(),
+                "peak_mem_gb": peak_memory_gb(device),
+            }
+            journal.write("metrics", row)
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
+            saver.poll()
+            if bad_steps.too_many:  # the weights are still those of the last good step
+                with heartbeat.unwatched("checkpoint"):
+                    saver.finish()
+                    if bad_steps.last_good > saver.saved:
+                        saver.save(bad_steps.last_good)
+                        saver.finish()
+                raise bad_steps.error(saver.saved)
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
-                checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
-                saved, began = step, time.monotonic()
+                with heartbeat.unwatched("checkpoint"):
+                    saver.save(step)
+                began = time.monotonic()
             if stopped and step < n_steps:
                 break
             if evaluation and evaluation.is_due(step):
-                evaluation.evaluate(step)
+                with heartbeat.unwatched("evaluation"):
+                    evaluation.evaluate(step)
                 began = time.monotonic()
-    if metrics:
-        metrics.close()
-    if stopped and saved < n_steps:
+            heartbeat.watch()  # not in the first step, in which kernels may be compiled
+        with heartbeat.unwatched("checkpoint"):
+            saver.finish()
+    journal.close()
+    if stopped and saver.saved < n_steps:
         if rank == 0:
-            print(f"stopped after step {saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
-        return
-    export(engine, config, run / "model")
+            print(f"stopped after step {saver.saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+        return False
+    with heartbeat.unwatched("export"):
+        export(engine, config, run / "model")
     engine.destroy()
+    return True
 
 
-def join(device: str) -> None:
-    """Meet the other ranks, with the terminal left to the progress bar."""
+COLLECTIVE_S = 1800  # a collective may take so much longer than a step's work: ranks wait in one while rank 0 writes
+
+
+def join(device: str, hang_timeout_s: float | None = None) -> None:
+    """Meet the other ranks, with the terminal left to the progress bar.
+
+    Collectives time out after hang_timeout_s and half an hour more (None: after a week), so that the heartbeat, which
+    tells where ranks stand, comes first. They alone limit the first step, checkpoints, evaluations and the export.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     transformers_logging.disable_progress_bar()
     # DeepSpeed's shared-memory extension would be compiled on a CPU's first run for a minute; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see cluster/workers.py
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    limit = timedelta(seconds=hang_timeout_s + COLLECTIVE_S if hang_timeout_s else 7 * 86400)
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False, timeout=limit)
 
 
 def leave() -> None:
@@ -184,13 +229,19 @@ def main(paths: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
     configs = [load_frozen(path) for path in paths]
-    join(configs[0].cluster.device)
+    join(configs[0].cluster.device, configs[0].hang_timeout_s)
     try:
+        if dist.get_world_size() != (ranks := configs[0].cluster.ranks):
+            raise UserError(f"{dist.get_world_size()} ranks were started, and the run was prepared for {ranks}")
         for config in configs:
             train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TooManyBadSteps as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave()
+        return 1
     leave()
     return 0
 
