@@ -13,6 +13,7 @@ import torch
 
 from longalign.errors import UserError
 from longalign.files import disk_errors, fresh_folder, require_disk
+from longalign.progress import console
 
 SUFFIX = ".gguf"
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' word -> GGUF's
@@ -25,6 +26,10 @@ def to_folder(file: Path, output: Path, dtype: torch.dtype, overwrite: bool) -> 
     """
     fields = read_fields(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not console.is_terminal:
+        logging.disable_progress_bar()
 
     where = {"pretrained_model_name_or_path": str(file.absolute().parent), "gguf_file": file.name}
     try:
@@ -60,7 +65,8 @@ def read_fields(file: Path) -> dict[str, Any]:
 
 
 def name_tokens(tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Special tokens and the chat template as the file tells them."""
+    """Special tokens and the chat template as the file tells them; and decoding that gives back what was encoded."""
+    tokenizer.clean_up_tokenization_spaces = False
     tokens = fields.get("tokenizer.ggml.tokens") or []
     for ours, theirs in SPECIAL.items():
         number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
