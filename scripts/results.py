@@ -52,7 +52,7 @@ class Stage:
     name: str
     done: Path  # exists once the stage is finished
     command: Callable[[], Words]  # made when the stage begins: some depend on what earlier stages wrote
-    record: Path | None = None  # the folder that keeps the command, its seconds and the machine
+    record: Path = DATA  # the folder that keeps the command, its seconds and the machine
     output: Path | None = None  # what the command prints
 
 
@@ -238,14 +238,14 @@ def run(stage: Stage, seconds_left: float) -> bool:
         sys.exit(code)
     if partial:
         partial.replace(stage.output)
-    if stage.record:
-        note(stage.record, stage.name, shown, time.monotonic() - began)
+    note(stage.record, stage.name, shown, time.monotonic() - began)
     return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="every stage at toy size on a CPU, in runs/smoke")
+    smoke = {"nargs": "?", "const": ROOT / "runs/smoke", "type": Path, "metavar": "FOLDER"}
+    parser.add_argument("--smoke", **smoke, help="every stage at toy size on a CPU, in FOLDER (runs/smoke)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'train:full/*/1' data")
     parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
     parser.add_argument("--two-gpus", action="store_true", help="also time every strategy on two GPUs")
@@ -256,7 +256,7 @@ def main() -> None:
     stages: list[Stage] = []
     if options.smoke:
         longalign, seeds, chat_tokens = Longalign(results_smoke.WORDS), SEEDS[:1], 300
-        model = results_smoke.enter(ROOT, (TRAIN / "wheels", TEST / "wheels"))
+        model = results_smoke.enter(options.smoke, ROOT, (TRAIN / "wheels", TEST / "wheels"))
     else:
         longalign, seeds, chat_tokens, model = Longalign({}), SEEDS, 50_000, MODEL
         os.chdir(ROOT)

@@ -34,6 +34,7 @@ def machine() -> str:
 
 def note(folder: Path, stage: str, command: str, seconds: float) -> None:
     """Keep in the run's folder what was done to it, how long that took, and where."""
+    folder.mkdir(parents=True, exist_ok=True)
     row = {"stage": stage, "command": command, "seconds": round(seconds, 1), "machine": machine()}
     with open(folder / "stages.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -96,7 +97,7 @@ def collect(runs: Path, data: Path, output: Path) -> None:
         held = data / "tokens/heldout/eval/manifest.json"
         tables |= {"heldout": {key: read(held)[key] for key in told}} if held.is_file() else {}
         documents = {file.parts[-3]: read(file) for file in data.glob("*/documents/documents.json")}
-        found["data"] = {"tables": tables, "documents": documents}
+        found["data"] = {"stages": rows_of(data / "stages.jsonl"), "tables": tables, "documents": documents}
     output.mkdir(parents=True, exist_ok=True)
     for name, value in found.items():
         text = json.dumps(short(value), ensure_ascii=False, separators=(",", ":"))

@@ -18,6 +18,7 @@ from longalign.evaluate.charts import heatmap
 Record = dict[str, Any]
 Value = Callable[[Record], float | None]
 ABSENT = "not measured"
+WARM_UP = 4  # steps
 MAIN = "full/packing+weighting"
 SUITES = {"0k": "none/packing+weighting", "half": "half/packing+weighting", "full": MAIN}
 STRATEGIES = ("naive", "sorted", "packing", "packing+weighting", "balanced")
@@ -56,8 +57,12 @@ def minutes(record: Record) -> float | None:
 
 
 def speed(record: Record) -> float | None:
+    """Tokens a second without the first steps, in which kernels compile and `activations=budget` chooses."""
     metrics = at("train", "metrics")(record)
-    return sum(metrics["tokens"]) / sum(metrics["step_s"]) if metrics else None
+    if not metrics:
+        return None
+    tokens, seconds = (metrics[name][WARM_UP:] or metrics[name] for name in ("tokens", "step_s"))
+    return sum(tokens) / sum(seconds)
 
 
 def steps(record: Record) -> float | None:
@@ -169,10 +174,9 @@ def verified(record: Record) -> str:
     report = at("verify")(record)
     if not report:
         return ABSENT
-    rows = [
-        [c["name"], c["seen"] if c["figure"] is None else f"{c['figure']:.1e}", c["status"]] for c in report["checks"]
-    ]
-    return markdown(["check", "figure", ""], rows)
+    result = {True: "ok", False: "failed", None: "not run"}
+    told = lambda c: c["detail"] if c["figure"] is None else f"{c['figure']:.1e}"
+    return markdown(["check", "figure", ""], [[c["name"], told(c), result[c["passed"]]] for c in report["checks"]])
 
 
 def transcript(record: Record) -> str:
@@ -184,14 +188,13 @@ def transcript(record: Record) -> str:
 
 
 def made_by(records: dict[str, Record]) -> str:
-    """The commands, in order, of what stands here."""
-    stages = [stage for record in records.values() for stage in record.get("stages", [])]
-    rows = [[s["stage"], f"`{s['command']}`", f"{s['seconds']:,.0f}", s["machine"]] for s in stages]
-    return markdown(["stage", "command", "seconds", "on"], rows) if rows else ABSENT
+    """The commands of everything that stands here, the data's first."""
+    stages = [stage for name in sorted(records, key=lambda name: name != "data") for stage in records[name]["stages"]]
+    return "\n".join(f"    $ {s['command']}\n    # {s['seconds']:,.0f} s, {s['machine']}" for s in stages) or ABSENT
 
 
-def data(records: dict[str, Record]) -> str:
-    tables = at("data", "tables")(records)
+def data(record: Record) -> str:
+    tables = at("tables")(record)
     if not tables:
         return ABSENT
     row = lambda t: [f"{t[key]:,}" for key in ("samples", "long_samples", "tokens", "targets", "longest")]
@@ -257,7 +260,7 @@ def write(folder: Path, page: Path, words: Path) -> None:
     strategies = {strategy: f"full/{strategy}" for strategy in STRATEGIES}
     every = {**plain, **{f"{suite} long": row for suite, row in SUITES.items() if suite != "full"}, **strategies}
     parts = {
-        "data": data(records),
+        "data": data(records.get("data", {})),
         "suites": comparison(records, SUITES, plain),
         "strategies": comparison(records, strategies, plain),
         "needle-by-length": by_group(records, every, "needle", "by_length"),

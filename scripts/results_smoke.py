@@ -30,9 +30,8 @@ WORDS = {  # behind the words of a command, or of `prepare source=`; "model" beh
 }
 
 
-def enter(root: Path, wheels: tuple[Path, Path]) -> Path:
-    """Work in runs/smoke from here on, with a package of this repository's pages in both folders. The model to take."""
-    folder = root / "runs/smoke"
+def enter(folder: Path, root: Path, wheels: tuple[Path, Path]) -> Path:
+    """Work in `folder` from here on, with half of this repository's pages in each wheel. The model to take."""
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     pages = sorted((root / "docs").glob("*.md"))
