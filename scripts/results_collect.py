@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,18 @@ def machine() -> str:
 def note(folder: Path, stage: str, command: str, seconds: float) -> None:
     """Keep in the run's folder what was done to it, how long that took, and where."""
     folder.mkdir(parents=True, exist_ok=True)
-    row = {"stage": stage, "command": command, "seconds": round(seconds, 1), "machine": machine()}
+    row = {"stage": stage, "command": command, "seconds": round(seconds, 1), "machine": machine(), "ended": time.time()}
     with open(folder / "stages.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def short(value: Any) -> Any:
-    """The same with five significant digits."""
+    """The same with five significant digits, but for times and other large numbers."""
     if isinstance(value, dict):
         return {key: short(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [short(inner) for inner in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, float) and abs(value) < 1e6 else value
 
 
 def training(run: Path) -> dict[str, Any]:

@@ -188,8 +188,10 @@ def transcript(record: Record) -> str:
 
 
 def made_by(records: dict[str, Record]) -> str:
-    """The commands of everything that stands here, the data's first."""
-    stages = [stage for name in sorted(records, key=lambda name: name != "data") for stage in records[name]["stages"]]
+    """The commands of everything that stands here, in the order in which they ended."""
+    stages = sorted(
+        (stage for found in records.values() for stage in found["stages"]), key=lambda stage: stage["ended"]
+    )
     return "\n".join(f"    $ {s['command']}\n    # {s['seconds']:,.0f} s, {s['machine']}" for s in stages) or ABSENT
 
 
