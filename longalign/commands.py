@@ -27,9 +27,11 @@ def tokenize(config: Config, dry_run: bool) -> int:
     if not dry_run:
         start_server()  # loads what workers need while this process does the same
     from longalign.data import tokenize as module
+    from longalign.model.load import load_tokenizer
 
     if dry_run:
         files = module.sources(config)
+        load_tokenizer(config)
         for is_long, group in files.items():
             for file in group:
                 console.print(f"{'long' if is_long else 'short'}: {file} ({file.stat().st_size:,} bytes)")

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +46,27 @@ def sweep(command: str, words: list[str], config_dir: str | None, dry_run: bool)
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     hydra = Hydra.create_main_hydra2("longalign", create_config_search_path(str(conf_dir().resolve())))
-    try:
-        composed = hydra.compose_config(command, words, run_mode=RunMode.MULTIRUN)
-        folder = Path(composed.hydra.sweep.dir).absolute()
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
-        hydra.multirun(
-            config_name=command,
-            task_function=Job(command, fixed, str(folder), dry_run),
-            overrides=[*words, f"hydra.sweep.dir='{folder}'"],
-            with_log_configuration=False,
-        )
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(hydra_message(error)) from None
-    finally:
-        GlobalHydra.instance().clear()
-    records = [read_json(p) for p in sorted((folder / RUNS).glob("*.json"), key=lambda p: int(p.stem))]
-    rows = [{**record, **result(command, record)} for record in records]
-    write_json(folder / "sweep.json", rows)
+    with tempfile.TemporaryDirectory() as nowhere:
+        try:
+            composed = hydra.compose_config(command, words, run_mode=RunMode.MULTIRUN)
+            folder = Path(nowhere if dry_run else composed.hydra.sweep.dir).absolute()
+            shutil.rmtree(folder / RUNS, ignore_errors=True)
+            hydra.multirun(
+                config_name=command,
+                task_function=Job(command, fixed, str(folder), dry_run),
+                overrides=[*words, f"hydra.sweep.dir='{folder}'"],
+                with_log_configuration=False,
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(hydra_message(error)) from None
+        finally:
+            GlobalHydra.instance().clear()
+        records = [read_json(p) for p in sorted((folder / RUNS).glob("*.json"), key=lambda p: int(p.stem))]
+    rows = [{**record, **({} if dry_run else result(command, record))} for record in records]
     console.print(table(rows))
-    console.print(f"written to {folder}/sweep.json")
+    if not dry_run:
+        write_json(folder / "sweep.json", rows)
+        console.print(f"written to {folder}/sweep.json")
     return 0 if all(row["exit_code"] == 0 for row in rows) else 1
 
 
@@ -97,7 +100,7 @@ class Job:
         if record["exit_code"] == 143:
             sys.exit(143)
         self._keep(record)
-        figures = result(self.command, record)
+        figures = {} if self.dry_run else result(self.command, record)
         if figures and composed.objective not in figures and self.command == "train":
             warn(f"objective={composed.objective} is no figure of a run; one of {', '.join(figures)}")
         return float(figures.get(str(composed.objective), math.nan))

@@ -55,3 +55,11 @@ def test_each_run_of_a_sweep_has_its_own_folder() -> None:
     assert folder(["strategy=sorted"]) == "runs/llama2-7b/10k/sorted", "already in the path"
     assert folder(["strategy=sorted", "seed=3"]) == "runs/llama2-7b/10k/sorted/seed=3"
     assert folder(["strategy=sorted"], ["output_dir"]) == "runs/llama2-7b/10k/sorted/strategy=sorted"
+
+
+def test_a_dry_sweep_leaves_nothing(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
+    words = [*base_words, f"data_dir={data_dir}", "strategy=naive,packing", f"output_dir={tmp_path}/plans"]
+    done = longalign("group", "-m", *words, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sweep of 2 runs" in done.stderr
+    assert list(tmp_path.iterdir()) == []

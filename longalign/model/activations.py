@@ -58,7 +58,8 @@ def resolve_policy(config: Config, device: str) -> Policy:
 class Activations:
     """Decides, before every micro-step, what the layers of a model keep.
 
-    On a CUDA device `budget` first runs as `selective` and measures; from then on it fills the memory that is free.
+    On a CUDA device `budget` first runs without matmuls' outputs and measures; from then on it fills the memory that is
+    free.
     """
 
     def __init__(self, model: Any, policy: Policy):
@@ -68,10 +69,12 @@ class Activations:
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
         self.inputs_on_host = policy == "offload"
         self.attention_on_host = len(self.layers) if policy == "offload" else 0  # in so many layers, from the last
-        self.memory = Memory(model) if policy == "budget" and torch.cuda.is_available() else None
         shape, size = shape_of(model.config), model.dtype.itemsize
         self.input_bytes = size * shape["hidden"]  # of a token and layer
         self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
+        self.memory = None
+        if policy == "budget" and torch.cuda.is_available():
+            self.memory = Memory(model, size * _width(self.layers[0]))
         if policy == "none":
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -146,16 +149,16 @@ class Activations:
 
 
 class Memory:
-    """How many bytes of the device a micro-step takes: counted from the model's shape, then measured."""
+    """The bytes of the device that a micro-step takes: what layers keep is counted, the rest is measured."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, matmuls: int):
+        """matmuls: bytes of a token and layer that the matmuls' outputs take."""
         s = shape_of(model.config)
         h, q, kv, m = s["hidden"], s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"], s["intermediate"]
-        self.layers, size = s["layers"], 2  # bytes of a bf16 number
+        self.layers, size, self.matmuls = s["layers"], model.dtype.itemsize, matmuls
         self.selective = s["layers"] * (size * (h + q) + 4 * s["heads"])  # bytes a token
-        self.matmuls = 1.3 * size * (q + kv + h + 2 * m)  # bytes a token and layer, beyond selective
         self.whole = 1.25 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m)  # bytes a token if all is kept
-        self.passing = 0.0  # bytes a token beyond what is kept, while one layer is computed; 0 = not measured yet
+        self.passing = {False: 0.0, True: 0.0}  # on host -> bytes a token beyond what is kept; 0 = not measured yet
         self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
         self.now = (0, False, 0, False)  # tokens, whole, layers with matmuls, on host, of the present micro-step
 
@@ -163,18 +166,18 @@ class Memory:
         return torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
 
     def whole_tokens(self) -> int:
-        return int(self.room() / self.whole) // 256 * 256 if self.passing else 0
+        return int(self.room() / self.whole) // 256 * 256 if any(self.passing.values()) else 0
 
     def fits_whole(self, tokens: int) -> bool:
         self.fixed = max(self.fixed, torch.cuda.memory_allocated())
-        return bool(self.passing) and tokens * self.whole <= self.room()
+        return any(self.passing.values()) and tokens * self.whole <= self.room()
 
     def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
         """The layers whose matmuls' outputs memory holds; 0 until a micro-step has been measured."""
         torch.cuda.reset_peak_memory_stats()
         layers = 0
-        if self.passing:
-            left = self.room() - tokens * (self._kept(on_host) + self.passing)
+        if passing := self.passing[on_host]:
+            left = self.room() - tokens * (self._kept(on_host) + passing)
             layers = max(0, min(self.layers, int(left / (tokens * self.matmuls))))
         self.now = (tokens, whole, layers, on_host)
         return layers
@@ -184,13 +187,16 @@ class Memory:
 
     def learn(self) -> None:
         tokens, whole, layers, on_host = self.now
+        stands = torch.cuda.memory_allocated()
+        if stands > 1.01 * self.fixed:  # gradients came to stand on the way: was the peak before or after?
+            self.fixed = stands
+            return
         used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
         if whole:
             self.whole = max(self.whole / 1.05, used)
-        elif layers:
-            self.matmuls = (used - self._kept(on_host) - self.passing) / layers
-        elif tokens >= LEAST_SLICE or not self.passing:  # short ones measure workspaces, not tokens
-            self.passing = max(self.passing, used - self._kept(on_host), 1.0)
+        elif tokens >= LEAST_SLICE or not self.passing[on_host]:  # short ones measure workspaces, not tokens
+            passing = used - self._kept(on_host) - layers * self.matmuls
+            self.passing[on_host] = max(self.passing[on_host] / 1.05, passing, 1.0)
 
 
 def _least(value: int) -> int:
@@ -209,6 +215,11 @@ def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
     linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
     turned = ("q_proj", "k_proj") if kernels.fuses_rope(layer) else ()
     return [module for name, module in linears if not name.endswith(turned)]
+
+
+def _width(layer: torch.nn.Module) -> int:
+    """Elements of a token that the outputs of _linears, and of those that kernels.rope turns, take."""
+    return sum([module.out_features for module in layer.modules() if isinstance(module, torch.nn.Linear)][:-1])
 
 
 def _where(attention: Place | None, linears: list[torch.nn.Linear], op: Any, args: Any) -> Place | None:

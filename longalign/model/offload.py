@@ -1,16 +1,19 @@
 """Tensors in host memory between the forward and the backward pass, and MLPs in tiles.
 
 Tensors leave while the device computes their layer, and come back while it computes the layer behind. Host memory is
-registered with CUDA (cudaHostRegister) in exactly the size needed: torch's own pinned memory is rounded up to powers of
+registered with CUDA (cudaHostRegister) in just the size needed: torch's own pinned memory is rounded up to powers of
 two.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import weakref
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -74,13 +77,28 @@ class Host:
         """The key's memory, for a tensor of this shape, and of the dtype and device of `like`."""
         have, numel = self.buffers.get(key), math.prod(shape)
         if have is None or have.numel() < numel or have.dtype != like.dtype:
-            if have is not None and like.is_cuda:
-                torch.cuda.cudart().cudaHostUnregister(have.data_ptr())
-            have = torch.empty(numel, dtype=like.dtype)
-            if like.is_cuda:
-                torch.cuda.cudart().cudaHostRegister(have.data_ptr(), have.nbytes, 0)
-            self.buffers[key] = have
+            self.buffers.pop(key, None)  # give back first
+            have = self.buffers[key] = host_memory(numel, like)
         return have[:numel].view(shape)
+
+
+def host_memory(numel: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised host memory for `numel` elements of the dtype of `like`, registered with CUDA if that is there.
+
+    It has pages of its own (what is registered is pages, each once) and is released when its last tensor goes.
+    """
+    size = numel * like.dtype.itemsize
+    pages = np.frombuffer(mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    memory = torch.from_numpy(pages)
+    if like.is_cuda:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(pages), 0)))
+        weakref.finalize(pages, _unregister, memory.data_ptr()).atexit = False
+    return memory[:size].view(like.dtype)
+
+
+def _unregister(pointer: int) -> None:
+    torch.cuda.synchronize()  # copies may be on their way
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(pointer)))
 
 
 def free_host_memory() -> int:

@@ -148,3 +148,17 @@ def test_slices_add_up_to_the_batch(limit: int, model_dir: Path) -> None:
         module(piece, its_weights)[0].backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad - whole[name]).norm() <= 1e-5 * whole[name].norm(), name  # type: ignore[operator]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_host_memory_is_registered_and_released_again_and_again() -> None:
+    """Sizes below and above a page and malloc's thresholds, growing, in one offloader after another."""
+    for _ in range(3):
+        host = offload.Host()
+        for numel in (5, 3000, 3001, 200_000, 2**24 + 1):
+            tensors = {(0, place): torch.randn(numel + place, device="cuda") for place in range(3)}
+            for key, tensor in tensors.items():
+                host.leave(key, tensor)
+            for key, tensor in tensors.items():
+                assert torch.equal(host.take(key), tensor)
