@@ -219,7 +219,7 @@ def needles(records: dict[str, Record], images: Path) -> str:
 
 
 def curves(records: dict[str, Record], images: Path) -> str:
-    """Training losses by length bucket, a line per strategy (its first seed), each the mean of ten steps."""
+    """Training losses by length bucket, a line per strategy (its first seed), each the mean of ten."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,15 +235,11 @@ def curves(records: dict[str, Record], images: Path) -> str:
     for place, bucket in zip(axes[0], buckets, strict=True):
         for strategy, losses in found.items():
             points = [(n, v) for n, v in enumerate(losses.get(bucket, []), 1) if v is not None]
-            ends = range(10, len(points) + 1)
-            place.plot(
-                [points[end - 1][0] for end in ends],
-                [mean(v for _, v in points[end - 10 : end]) for end in ends],
-                label=strategy,
-            )
+            means = [mean(v for _, v in points[max(end - 10, 0) : end]) for end in range(1, len(points) + 1)]
+            place.plot([n for n, _ in points], means, label=strategy)
         place.set_title(f"samples of {bucket} tokens", fontsize=9)
         place.set_xlabel("optimizer step")
-    axes[0][0].set_ylabel("loss (sequence), mean of ten steps")
+    axes[0][0].set_ylabel("loss (sequence), mean of ten")
     axes[0][-1].legend(fontsize=7)
     figure.savefig(images / "results-loss.png", dpi=130)
     plt.close(figure)
