@@ -38,7 +38,7 @@ TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
 BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
 MODEL = Path("models/smollm2-135m")
 
-SUITES = {"none": 0, "half": 75, "full": 150}  # long instructions; the paper: 0, 5,000 and 10,000
+SUITES = {"none": 0, "half": 150, "full": 300}  # long instructions; the paper: 0, 5,000 and 10,000
 STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
