@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
 from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
-from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, count_parameters
+from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, copy_needs, count_parameters
 from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train import checkpoint
@@ -104,9 +105,9 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     data = check_data(config)
     parameters = count_parameters(config)
     check_disk(config, run, parameters)
-    check_memory(config, parameters)
+    check_memory(config, parameters, copy_needs(config, parameters))
     if start := checkpoint.find(config):
-        checkpoint.check(start, checkpoint.needs(config, identity(config, data)))
+        checkpoint.check(start, identity(config, data))
     if dry_run:
         shared = Path(config.data_dir) / "plans" / config.strategy.name
         with tempfile.TemporaryDirectory() as scratch:
@@ -184,16 +185,21 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
     """Run one process per rank and wait for all; returns the exit code of the run.
 
     Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
-    workers to save and stop; a second one kills them. When a rank fails the others are ended and its log is shown.
+    workers to save and stop; a second one kills them, and so does the end of grace_s after a SIGTERM: whoever sent it
+    kills next. When a rank fails the others are ended and its log is shown.
     """
     logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
     workers: list[subprocess.Popen[bytes]] = []
+    deadline = math.inf
 
     def forward(number: int, _frame: Any) -> None:
+        nonlocal deadline
         received.append(number)
         for worker in workers:
             worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+        if number == signal.SIGTERM:
+            deadline = min(deadline, time.monotonic() + 0.9 * config.grace_s)
 
     catch = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, forward) for number in catch}
@@ -216,8 +222,12 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
         while failed is None and any(worker.poll() is None for worker in workers):
             time.sleep(0.1)
             failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
+            if time.monotonic() > deadline:
+                warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
+                received.append(signal.SIGKILL)
+                break
     finally:
-        _end(workers)
+        _end(workers, grace=5.0 if len(received) < 2 else 0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
     if received and (failed is None or len(received) > 1):
@@ -258,8 +268,10 @@ def train(config: Config) -> int:
         console.print(f"this run is finished: {run}/model")
         return 0
     code = run_workers(worker_command(run), config, run / "logs")
-    if code == 1:
-        console.print("resume=auto continues from the last checkpoint")
+    if code:
+        checkpoint.sweep(run / "checkpoints")
+    if code not in (0, 2):
+        console.print(checkpoint.latest(run))
     if code == 0:
         shutil.rmtree(replaced(run), ignore_errors=True)
     elif replaced(run).is_dir():

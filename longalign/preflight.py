@@ -43,21 +43,49 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
 
 
+STATE_BYTES = 12  # a parameter in a checkpoint: float32 master weight and two moments
+
+
+def copy_needs(config: Config, parameters: int) -> float:
+    """Bytes of this host's memory for the copies that checkpoints are written from beside training."""
+    return STATE_BYTES * parameters * bool(config.save_every and config.save_async)
+
+
+def disk_needs(config: Config, parameters: int) -> float:
+    """Bytes of a run at most: its checkpoints, one more while that is written, and the exported model.
+
+    Milestones (keep_every) are counted where max_steps tells how many there will be.
+    """
+    saves = 1  # when interrupted
+    if config.save_every:
+        periodic = (config.max_steps - 1) // config.save_every if config.max_steps else config.keep_last
+        milestones = (config.max_steps or 0) // config.keep_every if config.keep_every else 0
+        saves += min(periodic, config.keep_last + milestones)
+    export = torch.finfo(resolve_dtype(config, config.cluster.device)).bits // 8
+    return float((STATE_BYTES * saves + export) * parameters)
+
+
 def check_disk(config: Config, run: Path, parameters: int) -> None:
     """Raises UserError if the disk cannot hold the checkpoints (preflight=false only warns)."""
     try:
-        saves = config.keep_last if config.save_every else 1
-        if config.save_every and config.max_steps:
-            saves = min(saves, config.max_steps // config.save_every + 1)
-        require_disk(run, 14.0 * parameters * saves, "output_dir, or lower keep_last")
+        require_disk(run, disk_needs(config, parameters), "output_dir, or lower keep_last")
     except UserError as error:
         _refuse(config, str(error))
 
 
-def check_memory(config: Config, parameters: int) -> None:
-    """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns)."""
+def check_memory(config: Config, parameters: int, copy: float = 0.0) -> None:
+    """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns).
+
+    copy: bytes of host memory besides, see `copy_needs`.
+    """
     device, host = memory_needs(config, parameters)
     total = psutil.virtual_memory().total
+    if host <= total < host + copy:
+        _refuse(
+            config,
+            f"checkpoints written beside training need {human(copy)} of memory for a copy, besides {human(host)}; "
+            f"this machine has {human(total)}; set save_async=false, or use more machines",
+        )
     if host > total:
         _refuse(
             config,

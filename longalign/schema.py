@@ -319,6 +319,9 @@ class Config(Strict):
     eval_every: PositiveInt | None
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
+    keep_every: PositiveInt | None
+    save_async: bool
+    grace_s: Annotated[float, Field(gt=0)]
     resume: str
     init_from: str | None
     overwrite: bool
@@ -344,3 +347,11 @@ class Config(Strict):
     reverse: bool
 
     output_dir: str | None
+
+    @field_validator("keep_every")
+    @classmethod
+    def _saved(cls, keep_every: int | None, info: ValidationInfo) -> int | None:
+        save_every = info.data.get("save_every")
+        if keep_every and (not save_every or keep_every % save_every):
+            raise ValueError(f"a multiple of save_every={'null' if save_every is None else save_every}")
+        return keep_every

@@ -30,7 +30,7 @@ from longalign.model.activations import Policy, resolve_policy
 from longalign.model.cost import shape_of
 from longalign.model.load import load_config
 from longalign.model.offload import SHARE, free_host_memory
-from longalign.preflight import count_parameters, memory_needs
+from longalign.preflight import copy_needs, count_parameters, memory_needs
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 from longalign.stats import ranks_of, strategies
@@ -49,7 +49,7 @@ def plan(config: Config, dry_run: bool) -> int:
     shape, parameters, lengths = shape_of(hf), count_parameters(config), lengths_of(dataset)
     fixed, on_host = memory_needs(config, parameters)
     host = (config.plan.host_gib or psutil.virtual_memory().total / 2**30) * 2**30
-    room = max(0.0, SHARE * (host - on_host) / min(ranks, 8))
+    room = max(0.0, SHARE * (host - on_host - copy_needs(config, parameters)) / min(ranks, 8))
     policy = resolve_policy(config, "cuda")
     chosen = strategies(config)
     if dry_run:

@@ -38,6 +38,7 @@ from longalign.train.evaluation import Evaluation
 from longalign.train.export import export
 from longalign.train.metrics import cut_after, open_metrics, peak_memory_gb
 from longalign.train.micro import micro_steps
+from longalign.train.saver import Saver
 
 _signal = 0  # the last SIGINT or SIGTERM received
 
@@ -91,9 +92,8 @@ def train(config: Config) -> None:
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    about = checkpoint.needs(config, plan.manifest["identity"])
-    start = checkpoint.find(config)
-    done = checkpoint.check(start, about) if start else 0
+    start = checkpoint.find_sound(config)
+    done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
     if start:
         checkpoint.load(engine, start)
         checkpoint.abandon_after(run / "checkpoints", done)
@@ -105,7 +105,8 @@ def train(config: Config) -> None:
         evaluation.evaluate(done)
     saved, stopped, began = done, 0, time.monotonic()
 
-    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+    saver = Saver(engine, config, plan.manifest["identity"])
+    with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
             packs = plan.step(step)
             lr = learning_rate(step, n_steps, config)
@@ -143,8 +144,9 @@ def train(config: Config) -> None:
                 metrics.write(json.dumps(row) + "\n")
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
+            saver.poll()
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
-                checkpoint.save(engine, run / "checkpoints", step, config.keep_last, about)
+                saver.save(step, wait=bool(stopped))
                 saved, began = step, time.monotonic()
             if stopped and step < n_steps:
                 break
