@@ -48,6 +48,9 @@ def bits(engine: Any) -> list[torch.Tensor]:
 def told(engine: Any) -> dict[str, torch.Tensor]:
     """What the optimizer holds of every parameter, by DeepSpeed's own readers or, without ZeRO, torch's."""
     found = {}
+    if engine.zero_optimization_stage() in (1, 2):  # DeepSpeed does so once, before the second group has any state
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage():
             found[f"master/{name}"] = safe_get_full_fp32_param(parameter)
