@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tiny-base test test-grid check format clean
+.PHONY: help install demo tiny-base test test-grid test-faults check format clean
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
@@ -34,6 +34,9 @@ test: install  ## the test suite
 
 test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; six minutes
 	$(BIN)/python -m pytest -m grid -rP
+
+test-faults: install  ## 20 random kills of a run, and checkpoints on every layout; some minutes
+	$(BIN)/python -m pytest -m faults
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

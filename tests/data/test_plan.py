@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -157,6 +158,22 @@ def test_a_large_plan_is_read_a_part_at_a_time(
     assert sorted(seen) == list(range(50_000))
     assert read == list(range(plan.file.num_row_groups)), "each once, in order"
     assert plan.file.num_row_groups == -(-manifest["packs"] // planning.ROWS_PER_GROUP)
+
+
+@pytest.mark.parametrize("step", [1, 100_000])
+def test_any_step_is_found_by_one_read(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes at step 100,000 reads as much as one that begins: the part of the plan that holds the step."""
+    rows, per_step = 200_000, 2
+    numbers = np.arange(rows)
+    columns = [numbers * 0, 1 + numbers // per_step, numbers, [[n] for n in numbers], *[numbers * 0 + 1] * 4]
+    table = pa.table([pa.array(c, type) for c, type in zip(columns, planning.SCHEMA.types, strict=True)], planning.SCHEMA)
+    pq.write_table(table, tmp_path / "plan.parquet", row_group_size=planning.ROWS_PER_GROUP)
+    write_json(tmp_path / "manifest.json", {"identity": {"data": "big"}, "steps": rows // per_step})
+    plan, read = Plan(tmp_path, {"fingerprint": "big"}), []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, n: [read.append(n), whole(file, n)][1])
+    assert [pack.sample_ids for pack in plan.step(step)] == [[2 * step - 2], [2 * step - 1]]
+    assert read == [(2 * step - 2) // planning.ROWS_PER_GROUP]
 
 
 def test_plan_of_other_data_is_refused(tmp_path: Path, run_config: Callable[..., Config]) -> None:
