@@ -92,8 +92,8 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     record = json.loads((checkpoint / RECORD).read_bytes())
     if isinstance(record, dict) and "files" in record and "format" not in record:
         raise UserError(
-            f"{checkpoint} is in the layout of longalign 0.1, which this version cannot read: finish that run with 0.1, "
-            "or start from its exported model (init_from)"
+            f"{checkpoint} is in the layout of an earlier version, which this one cannot read: finish that run with "
+            "the version that wrote it, or start from its exported model (init_from)"
         )
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get(CHECKSUM) != _of_record(record):
         raise ValueError(f"{RECORD} differs from its checksum")

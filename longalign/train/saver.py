@@ -53,7 +53,7 @@ def write_tensors(path: Path, numels: dict[str, int], tensors: Iterable[torch.Te
 
         put(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            data = memoryview(tensor.numpy()).cast("B")
+            data: Any = tensor.numpy().view("uint8")
             for start in range(0, len(data), CHUNK):
                 put(data[start : start + CHUNK])
         file.flush()
@@ -172,7 +172,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 self.wait()

@@ -166,7 +166,9 @@ def test_any_step_is_found_by_one_read(step: int, tmp_path: Path, monkeypatch: p
     rows, per_step = 200_000, 2
     numbers = np.arange(rows)
     columns = [numbers * 0, 1 + numbers // per_step, numbers, [[n] for n in numbers], *[numbers * 0 + 1] * 4]
-    table = pa.table([pa.array(c, type) for c, type in zip(columns, planning.SCHEMA.types, strict=True)], planning.SCHEMA)
+    table = pa.table(
+        [pa.array(c, type) for c, type in zip(columns, planning.SCHEMA.types, strict=True)], planning.SCHEMA
+    )
     pq.write_table(table, tmp_path / "plan.parquet", row_group_size=planning.ROWS_PER_GROUP)
     write_json(tmp_path / "manifest.json", {"identity": {"data": "big"}, "steps": rows // per_step})
     plan, read = Plan(tmp_path, {"fingerprint": "big"}), []
