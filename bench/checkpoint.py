@@ -44,6 +44,8 @@ def main(words: list[str]) -> None:
     )
     with torch.device(device):
         model = LlamaForCausalLM(shape)
+    if device == "cuda":
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
     engine: Any = SimpleNamespace(
         module=model, optimizer=optimizer, basic_optimizer=optimizer, zero_optimization_stage=lambda: 0
