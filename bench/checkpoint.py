@@ -96,7 +96,8 @@ def main(words: list[str]) -> None:
     print(f"stall {stall:.3f} s (first {stalls[0]:.3f}, memory made in {opened:.2f}), {size / stall / 1e9:.1f} GB/s")
     busy_step = statistics.median(beside) if beside else float("nan")
     print(f"step alone {usual:.3f} s, beside a write {busy_step:.3f} s; stall = {stall / usual:.1%} of a step")
-    print(f"written {size / writes[0] / 1e9:.2f} GB/s, checked {size / checked / 1e9:.2f}, loaded {size / loaded / 1e9:.2f}")
+    speeds = {"written": writes[0], "checked": checked, "loaded": loaded}
+    print(", ".join(f"{what} {size / seconds / 1e9:.2f} GB/s" for what, seconds in speeds.items()))
 
 
 if __name__ == "__main__":
