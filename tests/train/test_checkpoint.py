@@ -94,6 +94,7 @@ def test_layouts_save_and_load_the_same(tmp_path: Path, run_config: Callable[...
 
 @pytest.mark.slow
 @pytest.mark.faults
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("offload", [False, True])
 def test_all_layouts_save_and_load_the_same(offload: bool, tmp_path: Path, run_config: Callable[..., Config]) -> None:
     """With offload, DeepSpeed compiles its Adam for the CPU, which takes minutes the first time."""

@@ -181,7 +181,7 @@ def kill_once(config: Config, in_a_write: bool, draw: random.Random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.faults, pytest.mark.timeout(3600)])])
 def test_killed_runs_resume_exactly(
     kills: int,
     slowed: None,
