@@ -32,10 +32,10 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 test: install  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; six minutes
+test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; a quarter of an hour
 	$(BIN)/python -m pytest -m grid -rP
 
-test-faults: install  ## 20 random kills of a run, and checkpoints on every layout; some minutes
+test-faults: install  ## twenty ranks killed at random moments, and every run resumed exactly
 	$(BIN)/python -m pytest -m faults
 
 check: install  ## lint, format and types

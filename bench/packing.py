@@ -37,6 +37,12 @@ STRATEGIES = {
     "packing, next-fit": ["strategy=packing", "strategy.packer=next_fit"],
     "packing, best-fit": ["strategy=packing"],
     "packing+weighting": ["strategy=packing+weighting"],
+    "balanced": ["strategy=balanced"],
+    "balanced, 1.5x": [
+        "strategy=balanced",
+        "strategy.packer=equal_cost",
+        f"strategy.pack_tokens={MAX_LENGTH * 3 // 2}",
+    ],
 }
 
 

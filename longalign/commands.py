@@ -92,9 +92,12 @@ def group(config: Config, dry_run: bool) -> int:
 
 
 def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
+    """The epochs of a plan. balance: how busy so many ranks are that wait for the slowest at every micro-step."""
     title = f"{strategy}: {manifest['steps']:,} steps, {manifest['packs']:,} packs"
+    ranks = list(manifest["epochs"][0]["balance"])
+    balances = [f"balance, {n} ranks" for n in ranks]
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean"):
+    for column in ("epoch", "steps", "packs", "fill", "seqs/pack", "tokens/step", "cost max/mean", *balances):
         table.add_column(column, justify="right")
     for number, e in enumerate(manifest["epochs"]):
         table.add_row(
@@ -105,6 +108,7 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
             str(e["sequences_per_pack"]),
             f"{e['tokens_per_step']:,}",
             str(e["cost_max_over_mean"]),
+            *(f"{e['balance'][n]:.1%}" for n in ranks),
         )
     return table
 
@@ -113,7 +117,7 @@ def train(config: Config, dry_run: bool) -> int:
     from longalign import launch
 
     if dry_run:
-        launch.show(launch.prepare_run(config, dry_run=True)[1])
+        launch.dry_run(config)
         return 0
     return launch.train(config)
 
@@ -157,12 +161,22 @@ def eval(config: Config, dry_run: bool) -> int:
         from longalign.evaluate import compare
 
         return compare.run(config, dry_run)
+    _runs_alone(config, "eval")
     from longalign.evaluate import run
 
     return run.run(config, dry_run)
 
 
+def _runs_alone(config: Config, command: str) -> None:
+    if config.cluster.sequence_parallel > 1:
+        raise UserError(
+            f"cluster.sequence_parallel={config.cluster.sequence_parallel}: {command} runs in one process, which has "
+            "none to share with; set cluster.sequence_parallel=1"
+        )
+
+
 def chat(config: Config, dry_run: bool) -> int:
+    _runs_alone(config, "chat")
     from longalign.chat import run
 
     return run.chat(config, dry_run)
@@ -181,6 +195,7 @@ def plan(config: Config, dry_run: bool) -> int:
 
 
 def bench(config: Config, dry_run: bool) -> int:
+    _runs_alone(config, "bench")
     from longalign.bench import run
 
     return run.bench(config, dry_run)

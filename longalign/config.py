@@ -6,6 +6,7 @@ Hydra lives in this file and in sweep.py; everything else receives a plain `Conf
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -202,8 +203,17 @@ def compose_config(command: str, words: list[str], config_dir: str | None = None
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             composed = compose(command, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(hydra_message(error)) from None
+        raise UserError(unused_key(error, config_dir) or hydra_message(error)) from None
     return validate(composed)
+
+
+def unused_key(error: Exception, config_dir: str | None) -> str | None:
+    """What to say of a key that stands in another option of its group than the chosen one; None for other errors."""
+    found = re.search(r"Could not override '((\w+)\.[\w.]+)'", str(error))
+    options = groups(config_dir).get(found[2], []) if found else []
+    if found is None or not options:
+        return None
+    return f"{found[1]} is no setting of the {found[2]} chosen: give {found[2]}= as well (one of {', '.join(options)})"
 
 
 def override_words(overrides: list[Override], config_dir: str | None) -> list[str]:

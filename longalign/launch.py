@@ -1,50 +1,49 @@
-"""From a checked Config to worker processes: run folder, plan, frozen config, signals, exit codes."""
+"""From a checked Config to a run: run folder, plan, frozen config; then its processes (longalign/cluster)."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
+import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.text import Text
 
+from longalign.cluster.hostfile import count_nodes, hosts_of
+from longalign.cluster.hosts import remote_command, run_hosts
+from longalign.cluster.workers import common_environment, run_workers
 from longalign.config import to_yaml
-from longalign.data.packing import idle_share
+from longalign.data.packing import balance, idle_share, packs_per_step
 from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, steps_to_train
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
 from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
-from longalign.preflight import check_data, check_disk, check_memory, check_run_folder, copy_needs, count_parameters
+from longalign.preflight import (
+    check_data,
+    check_disk,
+    check_memory,
+    check_run_folder,
+    check_sequence_parallel,
+    count_parameters,
+)
 from longalign.progress import console, warn
-from longalign.schema import Config
+from longalign.schema import Cluster, Config
 from longalign.train import checkpoint
 from longalign.train.metrics import read_metrics
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # -- what a run will be ---------------------------------------------------------------------------------
 
 
 def resolve(config: Config) -> Config:
     """Settle what depends on this machine: device, process count, absolute paths. Raises UserError."""
-    device = resolve_device(config)
-    here = torch.cuda.device_count() if device == "cuda" else 1
-    wanted = config.cluster.processes
-    processes = here if wanted == "auto" else wanted
-    if device == "cuda" and processes > here:
-        raise UserError(f"cluster.processes={processes} but this machine has {here} GPU(s)")
+    cluster = resolve_cluster(config)
+    device = cluster.device
     if config.cluster.zero_stage == 0 and resolve_dtype(config, device) != torch.float32:
         raise UserError(
             "cluster.zero_stage=0 trains in float32 alone (DeepSpeed keeps no float32 gradients of bfloat16 weights "
@@ -53,9 +52,10 @@ def resolve(config: Config) -> Config:
     absolute = lambda path: str(Path(path).expanduser().absolute())
     local = lambda path: absolute(path) if path and Path(path).expanduser().exists() else path
     model = {"path": local(config.model.path), "tokenizer": local(config.model.tokenizer)}
+    check_sequence_parallel(config.model_copy(update={"cluster": cluster}))
     return config.model_copy(
         update={
-            "cluster": config.cluster.model_copy(update={"device": device, "processes": processes}),
+            "cluster": cluster,
             "model": config.model.model_copy(update=model),
             "data_dir": absolute(config.data_dir),
             "output_dir": absolute(config.output_dir),
@@ -63,6 +63,23 @@ def resolve(config: Config) -> Config:
             "resume": config.resume if config.resume in ("none", "auto") else absolute(config.resume),
         }
     )
+
+
+def resolve_cluster(config: Config) -> Cluster:
+    """The cluster with device, nodes and processes settled. Raises UserError."""
+    cluster = count_nodes(config.cluster)
+    local = cluster.launcher == "local"
+    if local and cluster.nodes != 1:
+        raise UserError(f"cluster.nodes={cluster.nodes} needs cluster=multinode, cluster=slurm or cluster=torchrun")
+    # Other launchers may be told of GPUs that this machine, a login node perhaps, has not.
+    device = resolve_device(config) if local or cluster.device == "auto" else cluster.device
+    here = torch.cuda.device_count() if device == "cuda" else 1
+    processes = here if cluster.processes == "auto" else cluster.processes
+    if local and device == "cuda" and processes > here:
+        raise UserError(f"cluster.processes={processes} but this machine has {here} GPU(s)")
+    if not processes:
+        raise UserError("cluster.processes=auto counts this machine's GPUs, and it has none: give the number per node")
+    return cluster.model_copy(update={"device": device, "processes": processes})
 
 
 def worker_command(run: Path) -> list[str]:
@@ -73,13 +90,19 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
     """What `train` is about to do, as lines of a table; warns if ranks will idle."""
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
     steps = steps_to_train(manifest["steps"], config)
-    backend, why = attention.backend_of(config, load_config(config), config.cluster.device)
-    ranks = int(config.cluster.processes)
-    packs = plan.step(1)
-    if len(packs) < ranks:
-        idle = idle_share([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
-        warn(f"{len(packs)} packs per step on {ranks} ranks: {idle:.0%} of the time is idle; raise packs_per_step")
-    dtype = str(resolve_dtype(config, config.cluster.device)).removeprefix("torch.")
+    cluster = config.cluster
+    chosen = "by the nodes, this machine has no GPU"
+    if cluster.device == "cpu" or torch.cuda.is_available():
+        chosen = ": ".join(attention.backend_of(config, load_config(config), cluster.device))
+    together = cluster.sequence_parallel
+    packs, groups = plan.step(1), cluster.ranks // together
+    if len(packs) < groups:
+        idle = idle_share([p.cost for p in packs], groups, cluster.packs_per_micro_step)
+        who = f"{groups} ranks" if together == 1 else f"{groups} groups of {together} ranks"
+        warn(f"{len(packs)} packs per step on {who}: {idle:.0%} of the time is idle; raise packs_per_step")
+    shared = f", {together} ranks run a pack together (sequence parallelism)" if together > 1 else ""
+    nodes = f"{cluster.nodes} nodes x " if cluster.launcher != "local" else ""
+    dtype = str(resolve_dtype(config, cluster.device)).removeprefix("torch.")
     return [
         ("model", f"{config.model.path}, {parameters:,} parameters, {dtype}"),
         ("data", f"{config.data_dir}"),
@@ -90,11 +113,32 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
             f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
-        ("attention", f"{backend}: {why}"),
-        ("cluster", f"{ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"),
+        ("waiting", waiting(config, plan, groups)),
+        ("attention", chosen),
+        ("cluster", f"{nodes}{cluster.processes} x {cluster.device}, ZeRO-{cluster.zero_stage}{shared}"),
         ("output", str(run)),
-        ("worker", " ".join(worker_command(run))),
+        *started_by(config),
     ]
+
+
+def waiting(config: Config, plan: Plan, groups: int) -> str:
+    """How much ranks (or groups of them that run packs together) will wait, by packs' costs; and what to change."""
+    strategy, cost = config.strategy, plan.file.read(columns=["cost"])["cost"].to_numpy()
+    epochs = np.split(cost, plan.first_row[:-1][np.flatnonzero(np.diff(plan.epochs)) + 1])
+    share = 1 - float(np.mean([balance(mine, packs_per_step(strategy), groups) for mine in epochs]))
+    told = f"{share:.1%} of the time of {groups} ranks, if all wait at every micro-step"
+    if strategy.name == "balanced" and share > 0.05 and strategy.packs_per_step < strategy.strata * groups:
+        told += f"; less with strategy.packs_per_step={strategy.strata * groups}"
+    return told
+
+
+def started_by(config: Config) -> list[tuple[str, str]]:
+    cluster, run = config.cluster, Path(config.output_dir or "")
+    if cluster.launcher == "hostfile":
+        hosts = hosts_of(cluster)
+        agent = shlex.join(remote_command(cluster.remote_shell, hosts[0]))
+        return [("hosts", ", ".join(hosts)), ("agent", agent), ("worker", " ".join(worker_command(run)))]
+    return [("worker", " ".join(worker_command(run)))] if cluster.launcher == "local" else []
 
 
 def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, str]]]:
@@ -105,7 +149,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     data = check_data(config)
     parameters = count_parameters(config)
     check_disk(config, run, parameters)
-    check_memory(config, parameters, copy_needs(config, parameters))
+    check_memory(config, parameters)
     if start := checkpoint.find(config):
         checkpoint.check(start, identity(config, data))
     if dry_run:
@@ -145,137 +189,77 @@ def is_finished(run: Path, config: Config) -> bool:
     return done and (run / "model" / "config.json").is_file()
 
 
-# -- running --------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def worker_environment(config: Config, rank: int, port: int) -> dict[str, str]:
-    """The variables of torch's env:// rendezvous, and what DeepSpeed and OpenMP need."""
-    processes, cpu = int(config.cluster.processes), config.cluster.device == "cpu"
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    made = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "DS_ACCELERATOR": "cpu" if cpu else "cuda",
-        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if cpu:
-        made["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
-    return {**os.environ, **{k: str(v) for k, v in made.items()}, **config.cluster.env}
-
-
-def _before_worker() -> None:
-    """In a worker before it starts: SIGTERM, to save and stop, if the launcher is killed; and signals wait until the
-    worker can handle them (worker.main), which takes some seconds of imports."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only, as is CUDA training
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def run_workers(command: list[str], config: Config, logs: Path) -> int:
-    """Run one process per rank and wait for all; returns the exit code of the run.
-
-    Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
-    workers to save and stop; a second one kills them, and so does the end of grace_s after a SIGTERM: whoever sent it
-    kills next. When a rank fails the others are ended and its log is shown.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    received: list[int] = []
-    workers: list[subprocess.Popen[bytes]] = []
-    deadline = math.inf
-
-    def forward(number: int, _frame: Any) -> None:
-        nonlocal deadline
-        received.append(number)
-        for worker in workers:
-            worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
-        if number == signal.SIGTERM:
-            deadline = min(deadline, time.monotonic() + 0.9 * config.grace_s)
-
-    catch = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, forward) for number in catch}
-    port = free_port()
-    try:
-        for rank in range(int(config.cluster.processes)):
-            log = None if rank == 0 else open(logs / f"rank-{rank}.log", "wb")
-            # A session of its own: a terminal's Ctrl-C reaches the workers once, through `forward`.
-            workers.append(
-                subprocess.Popen(
-                    command,
-                    env=worker_environment(config, rank, port),
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=_before_worker,
-                )
-            )
-        failed = None
-        while failed is None and any(worker.poll() is None for worker in workers):
-            time.sleep(0.1)
-            failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
-            if time.monotonic() > deadline:
-                warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
-                received.append(signal.SIGKILL)
-                break
-    finally:
-        _end(workers, grace=5.0 if len(received) < 2 else 0.0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received and (failed is None or len(received) > 1):
-        return 128 + received[0]
-    if failed is None:
-        return 0
-    code = workers[failed].returncode
-    if failed:  # rank 0 has written to the terminal already
-        tail = (logs / f"rank-{failed}.log").read_text(errors="replace")[-4000:]
-        console.print(tail)
-    if code == 2:
-        return 2
-    cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-    console.print(f"rank {failed} failed with {cause}", style="red")
-    return 1
-
-
-def _end(workers: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:
-    """End workers that still run: they may sit in a collective that a dead rank will never join."""
-    deadline = time.monotonic() + grace
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    for worker in workers:
-        try:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+# -- starting it ----------------------------------------------------------------------------------------
 
 
 def train(config: Config) -> int:
-    """Run the command; returns its exit code. Raises UserError before anything has started."""
+    """Run the command; returns its exit code. Raises UserError before any rank has started."""
+    from longalign.cluster import slurm
+
+    if config.cluster.launcher == "slurm":
+        slurm.find_sbatch()
     config, lines = prepare_run(config, dry_run=False)
     show(lines)
     run = Path(config.output_dir or "")
+    command, logs, cluster = worker_command(run), run / "logs", config.cluster
+    match cluster.launcher:
+        case "local":
+            return finish(config, lambda: run_workers(command, config, logs))
+        case "hostfile":
+            return finish(config, lambda: run_hosts(command, config, hosts_of(cluster), logs))
+        case "slurm":
+            return slurm.submit(config)
+        case "torchrun":
+            if replaced(run).is_dir():
+                warn(
+                    f"the run that this one replaces is kept in {replaced(run)}: delete it when this one has ended well"
+                )
+            print(torchrun_command(config))
+            return 0
+
+
+def dry_run(config: Config) -> None:
+    """Say what `train` would do."""
+    from longalign.cluster import slurm
+
+    config, lines = prepare_run(config, dry_run=True)
+    show(lines)
+    if config.cluster.launcher == "slurm":
+        print(slurm.script(config), end="")
+    if config.cluster.launcher == "torchrun":
+        print(torchrun_command(config))
+
+
+def torchrun_command(config: Config) -> str:
+    """What is to be run on every node, by hand or by whatever else starts processes there."""
+    cluster = config.cluster
+    environment = [f"{key}={value}" for key, value in common_environment(config).items()]
+    where = f"{cluster.master_addr or 'FIRST_HOST'}:{cluster.port or 29500}"
+    meet = (
+        ["--rdzv-backend=c10d", f"--rdzv-endpoint={where}"]
+        if cluster.ranks > int(cluster.processes)
+        else ["--standalone"]
+    )
+    layout = [f"--nnodes={cluster.nodes}", f"--nproc-per-node={cluster.processes}", *meet]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *layout]
+    return shlex.join(["env", *environment, *torchrun, *worker_command(Path(config.output_dir or ""))[1:]])
+
+
+def finish(config: Config, start: Callable[[], int]) -> int:
+    """Run a prepared run to its end, unless it is there already; returns the exit code."""
+    run, code = Path(config.output_dir or ""), 1
     if config.resume == "auto" and is_finished(run, config):
         console.print(f"this run is finished: {run}/model")
         return 0
-    code = run_workers(worker_command(run), config, run / "logs")
-    if code:
-        checkpoint.sweep(run / "checkpoints")
-    if code not in (0, 2):
-        console.print(checkpoint.latest(run))
-    if code == 0:
-        shutil.rmtree(replaced(run), ignore_errors=True)
-    elif replaced(run).is_dir():
-        warn(f"the run that this one was to replace is kept in {replaced(run)}")
+    try:
+        code = start()
+    finally:
+        if code == 0:
+            shutil.rmtree(replaced(run), ignore_errors=True)
+        elif replaced(run).is_dir():
+            warn(f"the run that this one was to replace is kept in {replaced(run)}")
+    if code == 1:
+        console.print("resume=auto continues from the last checkpoint")
     return code
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import gcd
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from longalign.data.plan import read_data
 from longalign.errors import UserError
 from longalign.files import human, require_disk
+from longalign.model.cost import shape_of
 from longalign.model.load import load_config, load_tokenizer, resolve_dtype, tokenizer_hash
+from longalign.model.offload import free_host_memory
 from longalign.model.rope import context_warning
 from longalign.progress import warn
 from longalign.schema import Config
@@ -27,72 +29,61 @@ def count_parameters(config: Config) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(hf).parameters())
 
 
+def check_sequence_parallel(config: Config) -> None:
+    """Raises UserError if the processes of a host, or the model's query heads, cannot be shared out."""
+    degree, processes = config.cluster.sequence_parallel, int(config.cluster.processes)
+    if degree == 1:
+        return
+    heads = shape_of(load_config(config))["heads"]
+    if processes % degree or heads % degree:
+        allowed = [str(n) for n in range(1, gcd(heads, processes) + 1) if gcd(heads, processes) % n == 0]
+        raise UserError(
+            f"cluster.sequence_parallel={degree} must divide cluster.processes={processes} and the model's {heads} "
+            f"query heads; allowed: {', '.join(allowed)}"
+        )
+
+
 def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     """Bytes of (one device's, this host's) memory for weights, gradients and optimizer states; not activations.
 
     fp32 master weights, gradients and two Adam moments make 16 bytes a parameter, the bf16 copy 2. ZeRO shards
     them over ranks: optimizer states from stage 1 on, gradients from 2, weights from 3.
     """
-    cluster, ranks = config.cluster, int(config.cluster.processes)
+    cluster, ranks, here = config.cluster, config.cluster.ranks, int(config.cluster.processes)
     working = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8
     shard = lambda from_stage: ranks if cluster.zero_stage >= from_stage else 1
     weights, gradients = working * parameters / shard(3), 4 * parameters / shard(2)
     optimizer = (8 + 4 * (working == 2)) * parameters / shard(1)
     on_host = optimizer * cluster.offload_optimizer + weights * cluster.offload_param
     device = weights + gradients + optimizer - on_host
-    return (0.0, (device + on_host) * ranks) if cluster.device == "cpu" else (device, on_host * ranks)
-
-
-STATE_BYTES = 12  # a parameter in a checkpoint: float32 master weight and two moments
-
-
-def copy_needs(config: Config, parameters: int) -> float:
-    """Bytes of this host's memory for the copies that checkpoints are written from beside training."""
-    return STATE_BYTES * parameters * bool(config.save_every and config.save_async)
-
-
-def disk_needs(config: Config, parameters: int) -> float:
-    """Bytes of a run at most: its checkpoints, one more while that is written, and the exported model.
-
-    Milestones (keep_every) are counted where max_steps tells how many there will be.
-    """
-    saves = 1  # when interrupted
-    if config.save_every:
-        periodic = (config.max_steps - 1) // config.save_every if config.max_steps else config.keep_last
-        milestones = (config.max_steps or 0) // config.keep_every if config.keep_every else 0
-        saves += min(periodic, config.keep_last + milestones)
-    export = torch.finfo(resolve_dtype(config, config.cluster.device)).bits // 8
-    return float((STATE_BYTES * saves + export) * parameters)
+    return (0.0, (device + on_host) * here) if cluster.device == "cpu" else (device, on_host * here)
 
 
 def check_disk(config: Config, run: Path, parameters: int) -> None:
     """Raises UserError if the disk cannot hold the checkpoints (preflight=false only warns)."""
     try:
-        require_disk(run, disk_needs(config, parameters), "output_dir, or lower keep_last")
+        saves = config.keep_last if config.save_every else 1
+        if config.save_every and config.max_steps:
+            saves = min(saves, config.max_steps // config.save_every + 1)
+        saves += 1  # the one being written
+        require_disk(run, 12.0 * parameters * saves, "output_dir, or lower keep_last")
     except UserError as error:
         _refuse(config, str(error))
 
 
-def check_memory(config: Config, parameters: int, copy: float = 0.0) -> None:
-    """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns).
-
-    copy: bytes of host memory besides, see `copy_needs`.
-    """
+def check_memory(config: Config, parameters: int) -> None:
+    """Raises UserError if host or GPU memory cannot hold weights and states (preflight=false only warns)."""
+    if config.cluster.launcher in ("slurm", "torchrun"):
+        return  # the run will be on other machines than this one
     device, host = memory_needs(config, parameters)
-    total = psutil.virtual_memory().total
-    if host <= total < host + copy:
+    if host > (free := free_host_memory()):
         _refuse(
             config,
-            f"checkpoints written beside training need {human(copy)} of memory for a copy, besides {human(host)}; "
-            f"this machine has {human(total)}; set save_async=false, or use more machines",
-        )
-    if host > total:
-        _refuse(
-            config,
-            f"weights, gradients and optimizer states need {human(host)} of memory, this machine has {human(total)}; "
+            f"weights, gradients and optimizer states need {human(host)} of memory, {human(free)} are free here; "
             "use more machines, a higher cluster.zero_stage or a smaller model",
         )
-    if config.cluster.device == "cuda" and device > (have := torch.cuda.get_device_properties(0).total_memory):
+    gpu = config.cluster.device == "cuda" and torch.cuda.is_available()
+    if gpu and device > (have := torch.cuda.get_device_properties(0).total_memory):
         _refuse(
             config,
             f"weights, gradients and optimizer states need {human(device)} on each GPU, which has {human(have)}; "

@@ -49,13 +49,16 @@ class DataNum(Strict):
 
 
 class Strategy(Strict):
-    name: Literal["naive", "sorted", "packing", "packing+weighting"]
+    name: Literal["naive", "sorted", "packing", "packing+weighting", "balanced"]
     average: Literal["sequence", "pack", "token"]
     batch_size: PositiveInt
     group_size: PositiveInt
     packs_per_step: PositiveInt
-    packer: Literal["best_fit", "next_fit"]
+    packer: Literal["best_fit", "next_fit", "spread", "equal_cost"]
     window: PositiveInt
+    pack_tokens: PositiveInt | None
+    strata: PositiveInt
+    cost: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None
 
 
 class Mix(Strict):
@@ -63,16 +66,39 @@ class Mix(Strict):
     max_samples: PositiveInt | None = None
 
 
+class Slurm(Strict):
+    partition: str | None
+    account: str | None
+    time: str | None
+    warn_s: PositiveInt
+    options: Words
+    setup: Words
+
+
 class Cluster(Strict):
     name: str
     device: Literal["auto", "cuda", "cpu"]
     processes: PositiveInt | Literal["auto"]
+    nodes: PositiveInt | Literal["auto"]
+    launcher: Literal["local", "hostfile", "slurm", "torchrun"]
+    hostfile: str
+    remote_shell: Annotated[str, Field(pattern=r"\{command\}")]
+    master_addr: str | None
+    port: Annotated[int, Field(ge=1, le=65535)] | None
+    pass_env: Words
+    slurm: Slurm
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool
     offload_param: bool
     packs_per_micro_step: PositiveInt
+    sequence_parallel: PositiveInt
     deepspeed: dict[str, Any]
     env: dict[str, Annotated[str, BeforeValidator(str)]]
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all hosts; after launch.resolve, when both are numbers."""
+        return int(self.processes) * int(self.nodes)
 
 
 class Synthetic(Strict):
@@ -273,7 +299,7 @@ class Bench(Strict):
     warm_up: Annotated[int, Field(ge=0)]
     repeat: PositiveInt
     step_packs: PositiveInt | None
-    peer: Literal["trl"] | None
+    peer: Annotated[list[Literal["trl", "trl-defaults"]], BeforeValidator(_as_list)]
 
 
 class Forecast(Strict):
@@ -320,8 +346,6 @@ class Config(Strict):
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
     keep_every: PositiveInt | None
-    save_async: bool
-    grace_s: Annotated[float, Field(gt=0)]
     resume: str
     init_from: str | None
     overwrite: bool
@@ -347,11 +371,3 @@ class Config(Strict):
     reverse: bool
 
     output_dir: str | None
-
-    @field_validator("keep_every")
-    @classmethod
-    def _saved(cls, keep_every: int | None, info: ValidationInfo) -> int | None:
-        save_every = info.data.get("save_every")
-        if keep_every and (not save_every or keep_every % save_every):
-            raise ValueError(f"a multiple of save_every={'null' if save_every is None else save_every}")
-        return keep_every

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from longalign.cluster.hostfile import count_nodes
 from longalign.config import compose_config, groups
-from longalign.data.packing import idle_share
+from longalign.data.packing import idle_share, pack_tokens
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
 from longalign.errors import UserError
 from longalign.files import fresh_folder, write_json
@@ -31,12 +32,13 @@ def stats(config: Config) -> dict[str, Any]:
     """Write stats.json and lengths.png into output_dir; returns what stats.json holds. Raises UserError."""
     dataset, data = read_data(config.data_dir)
     columns, chosen, ranks = read_columns(dataset), strategies(config), ranks_of(config)
+    groups = max(1, ranks // config.cluster.sequence_parallel)  # that packs are dealt to
     planned, refused = {}, {}
     with fresh_folder(Path(config.output_dir or ""), OURS, overwrite=True) as folder:
         with Bar("stats", len(chosen), "strategies") as bar:
             for name, strategy in chosen.items():
                 try:
-                    planned[name] = strategy_stats(config.model_copy(update={"strategy": strategy}), data, ranks)
+                    planned[name] = strategy_stats(config.model_copy(update={"strategy": strategy}), data, groups)
                 except UserError as error:  # one may not go with a setting, such as sorted with shuffle=false
                     refused[name] = str(error)
                 bar.advance(1, note=name)
@@ -49,7 +51,7 @@ def stats(config: Config) -> dict[str, Any]:
             "targets_lost": {source: targets_lost(entry) for source, entry in data["ledger"].items()},
             "warnings": loss_warnings(data),
             "lengths": length_stats(columns),
-            "pack_length": config.max_length,
+            "pack_length": pack_tokens(config.strategy, config.max_length),
             "ranks": ranks,
             "strategies": planned,
             "strategies_refused": refused,
@@ -143,17 +145,18 @@ def strategies(config: Config) -> dict[str, Strategy]:
 
 
 def ranks_of(config: Config) -> int:
-    """cluster.processes; for auto the GPUs of this machine, or the paper's 8 where there is none."""
+    """Processes of all nodes; for processes=auto the GPUs of this machine, or the paper's 8 where there is none."""
     import torch
 
-    wanted = config.cluster.processes
-    return (torch.cuda.device_count() or 8) if wanted == "auto" else int(wanted)
+    cluster = count_nodes(config.cluster)
+    here = (torch.cuda.device_count() or 8) if cluster.processes == "auto" else cluster.processes
+    return here * int(cluster.nodes)
 
 
-def strategy_stats(config: Config, data: dict[str, Any], ranks: int) -> dict[str, Any]:
+def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[str, Any]:
     """Figures of one strategy's plan, over all its epochs.
 
-    balance: the mean over ranks of a step's cost, over the time it takes when all ranks wait for the slowest at every
+    balance: the mean over groups of a step's cost, over the time it takes when all groups wait for the slowest at every
     micro-step (see packing.deal): 1 = nobody waits. The mean over steps, and the worst step.
     """
     folder = Path(config.data_dir) / "plans" / config.strategy.name
@@ -165,13 +168,13 @@ def strategy_stats(config: Config, data: dict[str, Any], ranks: int) -> dict[str
     step, tokens, sequences, cost = (column.to_numpy() for column in columns)
     n_packs, n_steps, per = len(step), int(step[-1]), config.cluster.packs_per_micro_step
     of_steps = np.split(cost, np.flatnonzero(np.diff(step)) + 1)
-    balance = [1 - idle_share(costs.tolist(), ranks, per) for costs in of_steps]
+    balance = [1 - idle_share(costs.tolist(), groups, per) for costs in of_steps]
     return {
         "plan": str(folder) if fresh else "made for these figures",
         "epochs": config.epochs,
         "steps": n_steps,
         "packs": n_packs,
-        "fill_ratio": round(float(tokens.sum() / n_packs / config.max_length), 4),
+        "fill_ratio": round(float(tokens.sum() / n_packs / pack_tokens(config.strategy, config.max_length)), 4),
         "sequences_per_pack": round(float(sequences.mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / n_steps)),
         "balance": round(float(np.mean(balance)), 4),

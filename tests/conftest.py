@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -102,9 +105,9 @@ def make_original(folder: Path, **fields: Any) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes that share the files, none has a long one left at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with most slow tests first: of two processes that share the files, none has a long one left at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -174,6 +177,23 @@ def launch_all(configs: list[Config], folder: Path, worker: Sequence[str] = ("-m
     prepared = [launch.prepare_run(config, dry_run=False)[0] for config in configs]
     command = [sys.executable, *worker, *(f"{config.output_dir}/config.yaml" for config in prepared)]
     return launch.run_workers(command, prepared[0], folder / "logs")
+
+
+def in_process(*words: str, cwd: Path, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line without a process of its own, whose start takes longer than most commands.
+
+    longalign() is for what needs one: signals, limits, real standard streams, what a command imports and, once for
+    every command, that it can be started.
+    """
+    from longalign.cli import app
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.chdir(cwd):
+            done = CliRunner().invoke(app, words, input=input, prog_name="longalign", catch_exceptions=False)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 def longalign(*words: str, cwd: Path, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The installed command, through real processes."""
+"""The command line: what it says, refuses and returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longalign.cli import complete_word
-from tests.conftest import conversation, longalign, make_original, write_jsonl
+from tests.conftest import conversation, in_process, longalign, make_original, write_jsonl
 
 
 def test_help_is_quick_and_lists_commands(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_help_is_quick_and_lists_commands(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_end_with_2_and_one_message(words: list[str], said: str, tmp_path: Path) -> None:
-    done = longalign(*words, cwd=tmp_path)
+    done = in_process(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -63,7 +63,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, base_wor
         "strategy=packing",
         "strategy.packs_per_step=4",
     ]
-    done = longalign("train", *words, "strategy.window=77", "output_dir=run", "--dry-run", cwd=tmp_path)
+    done = in_process("train", *words, "strategy.window=77", "output_dir=run", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for said in (
         "longalign.train.worker",
@@ -80,10 +80,10 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, base_wor
 
 def test_warnings_of_what_is_allowed_but_doubtful(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
     words = [*base_words, f"data_dir={data_dir}", "output_dir=run", "--dry-run"]
-    few = longalign("train", *words, "cluster.processes=4", "strategy.packs_per_step=2", cwd=tmp_path)
+    few = in_process("train", *words, "cluster.processes=4", "strategy.packs_per_step=2", cwd=tmp_path)
     assert "2 packs per step on 4 ranks" in few.stderr
     assert "idle" in few.stderr
-    beyond = longalign("train", *words, "model.config.max_position_embeddings=64", cwd=tmp_path)
+    beyond = in_process("train", *words, "model.config.max_position_embeddings=64", cwd=tmp_path)
     assert "max_length=128 is above the model's context of 64 tokens" in beyond.stderr
     assert beyond.returncode == few.returncode == 0
 
@@ -92,14 +92,14 @@ def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_di
     words = [*base_words, f"data_dir={data_dir}"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    done = longalign("train", *words, "output_dir=mine", "overwrite=true", cwd=tmp_path)
+    done = in_process("train", *words, "output_dir=mine", "overwrite=true", cwd=tmp_path)
     assert done.returncode == 2
     assert "holds something else" in done.stderr
-    done = longalign("train", *words, "output_dir=run", "resume=none/step-000001", cwd=tmp_path)
+    done = in_process("train", *words, "output_dir=run", "resume=none/step-000001", cwd=tmp_path)
     assert done.returncode == 2
     assert "is no checkpoint" in done.stderr
     huge = ["model.init=random", "model.config.num_hidden_layers=9000", "model.config.intermediate_size=99999"]
-    done = longalign("train", *words, "output_dir=run", *huge, "save_every=null", cwd=tmp_path)
+    done = in_process("train", *words, "output_dir=run", *huge, "save_every=null", cwd=tmp_path)
     assert done.returncode == 2
     assert "preflight=false" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
@@ -142,7 +142,9 @@ def test_data_of_another_tokenizer_is_refused(
         "train", *base_words, f"model.path={other}", f"data_dir={data_dir}", "output_dir=run", cwd=tmp_path
     )
     assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
     assert "run `longalign tokenize` for this model" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_tokenize_reports_what_it_dropped(tmp_path: Path, base_words: list[str]) -> None:
@@ -198,12 +200,12 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     assert type(model).__name__ == "GlmForCausalLM"
     assert model.config.rope_parameters["rope_theta"] == 2_000_000, "as the preset says"
     assert AutoTokenizer.from_pretrained(tmp_path / "glm")("你好")["input_ids"][:2] == [2001, 2003]
-    back = longalign("convert", "model.path=glm", "reverse=true", "output_dir=back", cwd=tmp_path)
+    back = in_process("convert", "model.path=glm", "reverse=true", "output_dir=back", cwd=tmp_path)
     assert back.returncode == 0, back.stderr
     assert json.loads((tmp_path / "back" / "config.json").read_text())["rope_ratio"] == 200
     before, after = load_file(original / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[key].equal(after[key]) and before[key].dtype == after[key].dtype for key in before)
-    wrong = longalign("convert", "model.path=glm", "output_dir=other", cwd=tmp_path)
+    wrong = in_process("convert", "model.path=glm", "output_dir=other", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "need no conversion" in wrong.stderr

@@ -134,7 +134,11 @@ def test_sweep_lists_are_not_quoted() -> None:
         ("lr=inf", "lr=inf is not allowed: it should be a finite number"),
         ("source.max_tokens=200 ", "at least min_tokens=256"),
         ("source.max_tokens=many", "source.max_tokens='many' is not allowed: it should be a valid integer"),
-        ("source.html=all", "Key 'html' is not in struct"),
+        (
+            "source.html=all",
+            "source.html is no setting of the source chosen: give source= as well (one of files, hub, ",
+        ),
+        ("judge.model=m", "judge.model is no setting of the judge chosen"),
         ("task.needle.depths=[2]", "it should be less than or equal to 1"),
     ],
 )

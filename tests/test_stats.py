@@ -73,7 +73,7 @@ def test_figures_are_those_of_the_plans(tmp_path: Path, make: Callable[..., Conf
     config = make(tmp_path / "stats", "cluster.processes=2")
     report = stats(config)
     assert report == read_json(tmp_path / "stats" / "stats.json")
-    assert set(report["strategies"]) == {"naive", "sorted", "packing", "packing+weighting"}
+    assert set(report["strategies"]) == {"naive", "sorted", "packing", "packing+weighting", "balanced"}
     group(config, tmp_path / "plan")
     plan = pq.read_table(tmp_path / "plan" / "plan.parquet")
     cost, step, tokens = (plan[name].to_numpy() for name in ("cost", "step", "tokens"))

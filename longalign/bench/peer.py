@@ -1,7 +1,10 @@
-"""The same packs through TRL's SFTTrainer: `python -m longalign.bench.peer CONFIG PACK RESULT`, a process of its own.
+"""The same documents through TRL's SFTTrainer: `python -m longalign.bench.peer CONFIG PEER PACK RESULT`.
 
-At its best: best-fit packing, flash attention, Liger, gradient checkpointing, loss on completions alone. A pass is
-timed from the end of one accumulation micro-step to the end of the next, as SFTTrainer runs them.
+    trl            at its best: best-fit packing, flash attention, Liger, gradient checkpointing
+    trl-defaults   as SFTConfig is: padded batches of 8 documents, fewer where 8 are over max_length, torch's attention
+
+Loss on completions alone, in both. A micro-step is timed from the end of the one before. A process of its own, since
+TRL patches model code.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from longalign.config import load_frozen
 from longalign.files import versions, write_json
 from longalign.model.attention import Backend
 from longalign.model.attention import backend_of as attention_of
-from longalign.model.load import load_config, load_tokenizer
+from longalign.model.load import load_config, load_tokenizer, resolve_device, resolve_dtype
 
 WARM_UP = 2
 NAMES: dict[Backend, str] = {
@@ -42,11 +45,21 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.ends: list[float] = []
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
-def main(config_file: str, pack: str, result: str) -> None:
+BEST = {
+    "packing": True,
+    "packing_strategy": "bfd",
+    "per_device_train_batch_size": 1,
+    "gradient_checkpointing": True,
+    "use_liger_kernel": True,
+}
+
+
+def main(config_file: str, peer: str, pack: str, result: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     config = load_frozen(config_file)
@@ -56,45 +69,53 @@ def main(config_file: str, pack: str, result: str) -> None:
     ids = np.split(batch.input_ids[0].numpy(), batch.cu_seqlens[1:-1].numpy())
     learned = np.zeros(sum(documents), dtype=np.int64)
     learned[batch.target_rows.numpy() + 1] = 1
-    passes = WARM_UP + config.bench.repeat + 1
-    columns = {"input_ids": ids * passes, "completion_mask": np.split(learned, batch.cu_seqlens[1:-1].numpy()) * passes}
+    best, device = peer == "trl", resolve_device(config)
+    size = 1 if best else min(SFTConfig.per_device_train_batch_size, max(1, config.max_length // max(documents)))
+    per_pass = 1 if best else -(-len(documents) // size)  # micro-steps
+    times = WARM_UP + config.bench.repeat + 1
+    columns = {"input_ids": ids * times, "completion_mask": np.split(learned, batch.cu_seqlens[1:-1].numpy()) * times}
     dataset = Dataset(pa.table(columns), fingerprint="bench")  # else all of it would be hashed
     torch.manual_seed(config.seed)
-    attention = NAMES[attention_of(config, hf, "cuda")[0]]
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16, attn_implementation=attention)
+    chosen = {"attn_implementation": NAMES[attention_of(config, hf, device)[0]]} if best else {}
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(hf, dtype=resolve_dtype(config, device), **chosen)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
             max_length=sum(documents),
-            packing=True,
-            packing_strategy="bfd",
             completion_only_loss=True,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=passes,
+            gradient_accumulation_steps=times * per_pass,
             max_steps=1,
-            gradient_checkpointing=True,
-            use_liger_kernel=True,
-            bf16=True,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
             optim="sgd",
             save_strategy="no",
             report_to="none",
+            **(BEST if best else {"per_device_train_batch_size": size}),
         )
         clock = Clock()
         trainer = SFTTrainer(
             model, settings, train_dataset=dataset, processing_class=load_tokenizer(config), callbacks=[clock]
         )
-        packs = [len(row) for row in trainer.train_dataset["input_ids"]]  # equal documents pack otherwise than once
+        tokens: list[int] = []
+        collate = trainer.data_collator
+
+        def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            tokens.append(sum(len(row["input_ids"]) for row in rows))
+            return dict(collate(rows))
+
+        trainer.data_collator = counted
         trainer.train()
-    seconds = np.diff(clock.ends)[WARM_UP - 1 :].tolist()
+    seconds, tokens = np.diff(clock.ends)[per_pass * WARM_UP - 1 :].tolist(), tokens[per_pass * WARM_UP : -1]
+    assert len(seconds) == len(tokens), "a time for every micro-step between the warm-up and the last"
     write_json(
         Path(result),
         {
-            "tokens": int(np.mean(packs[:passes])),
-            "packs": packs,
-            "seconds": float(np.median(seconds)),
+            "tokens": int(sum(tokens)),
+            "seconds": float(sum(seconds)),
             "all_seconds": seconds,
-            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "all_tokens": tokens,
+            "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
             "kept": "layer inputs",
             "attention": model.config._attn_implementation,
             "versions": versions("trl", "transformers"),

@@ -7,6 +7,7 @@ a large matrix product, measured in the same run.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from longalign.bench.layouts import lengths, make_batch, sequence_weights
+from longalign.bench.plot import plot
 from longalign.config import to_yaml
 from longalign.data.batch import cut
 from longalign.files import disk_errors, read_json, versions, write_json, write_text
 from longalign.model import attention, kernels
 from longalign.model.activations import Activations, Policy
-from longalign.model.cost import cost_of, shape_of
+from longalign.model.cost import cost_of, fit, shape_of
 from longalign.model.load import load_config, resolve_device, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.progress import Bar, console, warn
@@ -37,7 +39,9 @@ class Case(NamedTuple):
     pack: str
     attention: str
     activations: Policy
-    of: str = "pass"  # forward and backward; or "step", through the training engine; or "trl", through SFTTrainer
+    of: str = (
+        "pass"  # forward and backward; or "step", through the training engine; or a peer's name, through SFTTrainer
+    )
 
 
 def bench(config: Config, dry_run: bool) -> int:
@@ -51,8 +55,7 @@ def bench(config: Config, dry_run: bool) -> int:
     cases = [Case(p, b, a) for b in dict.fromkeys(backends) for a in wanted.activations for p in wanted.packs]
     if wanted.step_packs:
         cases += [Case(p, backends[0], a, "step") for a in wanted.activations for p in wanted.packs]
-    if wanted.peer:
-        cases += [Case(p, "its own", "full", wanted.peer) for p in wanted.packs]
+    cases += [Case(p, "its own", "full", peer) for peer in wanted.peer for p in wanted.packs]
     documents = {p: lengths(p, config.max_length, np.random.default_rng(config.seed)) for p in wanted.packs}
     flops = {pack: float(cost_of(shape_of(hf))(documents[pack]).sum()) for pack in wanted.packs}
     for case in cases if dry_run else []:
@@ -68,7 +71,7 @@ def bench(config: Config, dry_run: bool) -> int:
     rows: list[dict[str, Any]] = []
     with Bar("bench", len(cases), "cases") as bar:
         for case in cases:
-            row: dict[str, Any] = case._asdict()
+            row: dict[str, Any] = {**case._asdict(), "documents": documents[case.pack]}
             if case.of == "pass":
                 row |= run_case(config, hf, case, documents[case.pack], device)
             else:
@@ -81,7 +84,21 @@ def bench(config: Config, dry_run: bool) -> int:
             write_json(output / "bench.json", report(config, device, rate, rows))
             bar.advance(1, note=f"{' '.join(case)}: {row.get('tokens_per_s', 0):,.0f} tokens/s")
     console.print(table(rows, rate))
+    for way in dict.fromkeys((case.attention, case.activations) for case in cases if case.of == "pass"):
+        tell_cost([row for row in rows if (row["attention"], row["activations"], row["of"]) == (*way, "pass")], way)
+    plot(report(config, device, rate, rows), output / "bench.png")
+    console.print(f"written: {output}/bench.json, bench.png")
     return 0
+
+
+def tell_cost(rows: list[dict[str, Any]], way: tuple[str, str]) -> None:
+    """The setting by which packs cost what they took here, if the packs are unlike enough to tell."""
+    done = [row for row in rows if "seconds" in row]
+    with contextlib.suppress(ValueError):
+        cost = fit([row["documents"] for row in done], [row["seconds"] for row in done])
+        off = max(abs(float(cost(row["documents"]).sum()) / row["seconds"] - 1) for row in done)
+        setting = f"strategy.cost=[{cost.linear:.5g},{cost.quadratic:.5g}]"
+        console.print(f"{' '.join(way)}: {setting} tells these packs' seconds within {off:.1%}")
 
 
 def run_case(config: Config, hf: Any, case: Case, documents: list[int], device: str) -> dict[str, Any]:
@@ -143,12 +160,13 @@ def run_apart(config: Config, case: Case, output: Path) -> dict[str, Any]:
     frozen, result, log = output / "config.yaml", output / f"{name}.json", output / f"{name}.log"
     write_text(frozen, to_yaml(config))
     result.unlink(missing_ok=True)
-    words = ["step", case.pack, case.activations] if case.of == "step" else ["peer", case.pack]
+    words = ["step", case.pack, case.activations] if case.of == "step" else ["peer", case.of, case.pack]
     command = [sys.executable, "-m", f"longalign.bench.{words[0]}", str(frozen), *words[1:], str(result)]
     with open(log, "w") as said:
         code = subprocess.run(command, stdout=said, stderr=said).returncode
     if code or not result.is_file():
-        warn(f"{' '.join(case)} failed with exit code {code}; see {log}")
+        said_last = (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+        warn(f"{' '.join(case)} failed with exit code {code}: {said_last}; more in {log}")
         return {"failed": "failed"}
     return dict(read_json(result))
 
@@ -184,7 +202,7 @@ def report(config: Config, device: str, rate: float, rows: list[dict[str, Any]])
 
 def table(rows: list[dict[str, Any]], rate: float) -> Table:
     made = Table(
-        title=f"a matrix product runs at {rate:,.0f} TFLOP/s",
+        title=f"a matrix product runs at {rate:,.3g} TFLOP/s",
         title_justify="left",
         box=box.SIMPLE,
     )
@@ -196,6 +214,6 @@ def table(rows: list[dict[str, Any]], rate: float) -> Table:
         if "failed" in row:
             made.add_row(*names, row["failed"], "", "", "", "")
         else:
-            numbers = f"{row['tokens_per_s']:,.0f}", f"{row['tflops']:,.0f}", f"{row['of_matmul']:.3f}"
+            numbers = f"{row['tokens_per_s']:,.0f}", f"{row['tflops']:,.3g}", f"{row['of_matmul']:.3f}"
             made.add_row(*names, *numbers, f"{row['peak_bytes'] / 2**30:.1f}", row["kept"])
     return made

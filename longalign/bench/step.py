@@ -18,11 +18,11 @@ import torch
 from datasets import Dataset
 
 from longalign.bench.layouts import lengths, make_batch
+from longalign.cluster.workers import free_port
 from longalign.config import load_frozen
 from longalign.data.plan import Pack
 from longalign.data.template import IGNORE
 from longalign.files import write_json
-from longalign.launch import free_port
 from longalign.model.load import load_config, resolve_device
 from longalign.train.engine import build_engine
 from longalign.train.worker import join, leave, train_step
@@ -35,7 +35,7 @@ def main(config_file: str, pack: str, policy: str, result: str) -> None:
     device = resolve_device(config)
     config = config.model_copy(
         update={
-            "cluster": config.cluster.model_copy(update={"device": device, "processes": 1}),
+            "cluster": config.cluster.model_copy(update={"device": device, "processes": 1, "nodes": 1}),
             "model": config.model.model_copy(update={"init": "random"}),
             "activations": policy,
         }

@@ -20,6 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
 from longalign.data.template import IGNORE
@@ -27,7 +28,7 @@ from longalign.data.template import IGNORE
 
 @dataclass
 class Batch:
-    """T tokens, S samples, N targets."""
+    """T tokens, S samples, N targets. What `share` makes of it holds one rank's tokens and targets, and all bounds."""
 
     input_ids: torch.Tensor  # int64 [1, T]
     position_ids: torch.Tensor  # int64 [1, T]
@@ -73,6 +74,34 @@ def cut(batch: Batch, weights_NC: torch.Tensor, limit: int) -> list[tuple[Batch,
         )
         slices.append((piece, weights_NC[mine]))
     return slices
+
+
+def share(batch: Batch, weights_NC: torch.Tensor, place: int, ranks: int) -> tuple[Batch, torch.Tensor]:
+    """What rank `place` of `ranks` runs of a batch that they run together: an equal run of its tokens.
+
+    The batch is padded to a multiple of `ranks` with a last document that has no target. A target goes to the rank that
+    holds the hidden state which predicts it. cu_seqlens and max_seqlen stay those of the whole, since attention sees
+    all of it (model/ulysses.py). The batch above on two ranks, with one token of padding:
+
+        rank 0    input_ids 5 6 7    position_ids 0 1 2    target_rows 1    target_ids 7    cu_seqlens 0 3 5 6
+        rank 1    input_ids 8 9 0    position_ids 0 1 0    target_rows 0    target_ids 9    cu_seqlens 0 3 5 6
+    """
+    tokens = batch.input_ids.shape[1]
+    padding = -tokens % ranks
+    start, stop = (tokens + padding) // ranks * place, (tokens + padding) // ranks * (place + 1)
+    mine = (batch.target_rows >= start) & (batch.target_rows < stop)
+    more = 1 if padding else 0
+    piece = Batch(
+        input_ids=F.pad(batch.input_ids, (0, padding))[:, start:stop],
+        position_ids=torch.cat([batch.position_ids[0], torch.arange(padding)])[None, start:stop],
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_full((more,), tokens + padding)]),
+        max_seqlen=max(batch.max_seqlen, padding),
+        target_rows=batch.target_rows[mine] - start,
+        target_ids=batch.target_ids[mine],
+        target_sample=batch.target_sample[mine],
+        n_target=F.pad(batch.n_target, (0, more)),
+    )
+    return piece, weights_NC[mine]
 
 
 def concatenate(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Batch:

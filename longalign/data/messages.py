@@ -49,7 +49,8 @@ def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIX
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        matched = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        found = [path] if path.is_file() else [file for file in matched if not _beside_prepared(file)]
         if not found:
             hint = f"; {setting}=null leaves this source out" if setting.endswith("_file") else ""
             raise UserError(f"{setting}={pattern}: no such file{hint}")
@@ -60,6 +61,13 @@ def expand(patterns: list[str], setting: str, suffixes: tuple[str, ...] = SUFFIX
                 raise UserError(f"{setting}={file}: unknown kind of file; one of {', '.join(suffixes)}")
         files += found
     return files
+
+
+def _beside_prepared(file: Path) -> bool:
+    """Whether `prepare` wrote it beside NAME.jsonl: NAME_dropped.jsonl (what it left out) or NAME.json (its counts)."""
+    name = file.name.removesuffix("_dropped.jsonl").removesuffix(".json")
+    data, counts = file.with_name(f"{name}.jsonl"), file.with_name(f"{name}.json")
+    return name != file.name and data.is_file() and counts.is_file()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
 from longalign.data.mix import check_names, epoch_samples
-from longalign.data.packing import Packs, epoch_packs, packs_per_step
+from longalign.data.packing import Packs, balance, epoch_packs, pack_tokens, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
 from longalign.model.cost import Cost, cost_of
@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 16384
+RANKS = (2, 8, 64)  # whose balance a manifest tells
 OURS = ("plan.parquet", "manifest.json")
 
 
@@ -101,7 +102,7 @@ def group(config: Config, output: Path) -> dict[str, Any]:
     check_names(config.mix, everything.sources)
     samples = everything.where(everything.n_target > 0)
     keeps_order = config.strategy.name == "naive" or (
-        config.strategy.name != "sorted" and config.strategy.packer == "next_fit"
+        config.strategy.name not in ("sorted", "balanced") and config.strategy.packer == "next_fit"
     )
     if not config.shuffle and not keeps_order:
         raise UserError("shuffle=false keeps the order of samples: use strategy=naive or strategy.packer=next_fit")
@@ -112,7 +113,19 @@ def group(config: Config, output: Path) -> dict[str, Any]:
             f"data_dir={config.data_dir} has a sample of {samples.length.max()} tokens, "
             f"max_length={config.max_length}; raise max_length or tokenize again with it"
         )
+    strategy = config.strategy
+    if samples.length.max() > pack_tokens(strategy, config.max_length):
+        raise UserError(
+            f"strategy.pack_tokens={strategy.pack_tokens} is less than the longest sample, "
+            f"{samples.length.max()} tokens; raise it, or null for max_length={config.max_length}"
+        )
+    if strategy.name == "balanced" and strategy.packs_per_step % strategy.strata:
+        raise UserError(
+            f"strategy.strata={strategy.strata} does not divide strategy.packs_per_step={strategy.packs_per_step}"
+        )
     cost = cost_of(data["model_shape"]) if data["model_shape"] else Cost(1.0, 0.0)
+    if strategy.cost:
+        cost = Cost(*strategy.cost)
     epochs: list[dict[str, Any]] = []
     first_step, first_pack = 1, 0
     with fresh_folder(output, OURS, overwrite=True) as folder:
@@ -122,10 +135,11 @@ def group(config: Config, output: Path) -> dict[str, Any]:
                 if not len(chosen):
                     raise UserError(f"mix leaves no sample for epoch {epoch}; raise a weight")
                 mine = samples.where(chosen)
-                packs = epoch_packs(mine.length, config.strategy, config.max_length, config.seed, epoch, config.shuffle)
-                table = _table(packs, mine, cost, epoch, first_step, first_pack, packs_per_step(config.strategy))
+                packs = epoch_packs(mine.length, strategy, config.max_length, config.seed, epoch, config.shuffle, cost)
+                table = _table(packs, mine, cost, epoch, first_step, first_pack, packs_per_step(strategy))
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-                epochs.append({**_statistics(table, config), "sources": _by_source(mine)})
+                attention = np.add.reduceat(np.square(mine.length[packs.samples], dtype=np.float64), packs.offsets[:-1])
+                epochs.append({**_statistics(table, attention, config), "sources": _by_source(mine)})
                 first_step += epochs[-1]["steps"]
                 first_pack += len(table)
         manifest = {
@@ -168,16 +182,23 @@ def _by_source(samples: Columns) -> dict[str, dict[str, int]]:
     return {source: {"samples": n, "tokens": tokens, "targets": targets} for source, n, tokens, targets in rows}
 
 
-def _statistics(table: pa.Table, config: Config) -> dict[str, Any]:
+def _statistics(table: pa.Table, attention: np.ndarray, config: Config) -> dict[str, Any]:
+    """Figures of an epoch. attention: what it costs in each pack.
+
+    balance: for so many ranks, the mean over ranks over the slowest, at every micro-step (packing.balance).
+    """
     tokens, cost, step = (table[c].to_numpy() for c in ("tokens", "cost", "step"))
+    per_step = packs_per_step(config.strategy)
     return {
         "steps": int(step[-1] - step[0] + 1),
         "packs": len(table),
         "tokens": int(tokens.sum()),
-        "fill_ratio": round(float(tokens.sum() / (len(table) * config.max_length)), 4),
+        "fill_ratio": round(float(tokens.sum() / (len(table) * pack_tokens(config.strategy, config.max_length))), 4),
         "sequences_per_pack": round(float(table["n_sequences"].to_numpy().mean()), 2),
         "tokens_per_step": round(float(tokens.sum() / (step[-1] - step[0] + 1))),
         "cost_max_over_mean": round(float(cost.max() / cost.mean()), 2),
+        "balance": {str(ranks): round(balance(cost, per_step, ranks), 4) for ranks in RANKS},
+        "attention_balance": {str(ranks): round(balance(cost, per_step, ranks, attention), 4) for ranks in RANKS},
     }
 
 

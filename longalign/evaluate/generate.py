@@ -10,7 +10,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from longalign.data.messages import Messages
 from longalign.errors import UserError
+from longalign.evaluate.host_cache import host_cache
 from longalign.model.load import load_model, load_template, resolve_device, resolve_dtype
+from longalign.model.offload import Host
 from longalign.schema import Config
 
 
@@ -28,6 +30,7 @@ class Generator:
         self.stops = sorted({*self.template.stop_ids, *([also] if isinstance(also, int) else also or [])})
         text_config = self.model.config.get_text_config()
         self.context: int | None = config.generation.context or getattr(text_config, "max_position_embeddings", None)
+        self.host = Host()
         self.seed, self.temperature, self.settings = config.seed, config.temperature, config.generation
 
     def prompt_ids(self, messages: Messages) -> list[int]:
@@ -65,7 +68,7 @@ class Generator:
                 pad_token_id=pad,
                 streamer=streamer,
                 prefill_chunk_size=chunk if chunk and chunk < longest else None,
-                cache_implementation=self.settings.cache,
+                past_key_values=self._cache(len(prompts), longest + max_new_tokens),
                 synced_gpus=synced,
                 **sampling,
             )
@@ -79,6 +82,12 @@ class Generator:
             end = next((place for place, token in enumerate(row) if token in self.stops), len(row))
             answers.append(row[:end])
         return answers
+
+    def _cache(self, prompts: int, tokens: int) -> Any:
+        """An empty cache for so many prompts of so many tokens, answers included; None: transformers' default."""
+        if self.settings.cache == "dynamic":
+            return None
+        return host_cache(self.model.config, self.host, prompts, tokens, self.model.dtype)
 
     def decode(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

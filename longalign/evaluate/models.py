@@ -18,7 +18,6 @@ from longalign.data.messages import Messages
 from longalign.errors import UserError
 from longalign.evaluate.generate import Generator, batches
 from longalign.evaluate.question import Answer, Question
-from longalign.llm import Client, NoReply
 from longalign.model.load import load_config, load_template, load_tokenizer, template_settings
 from longalign.schema import Config
 
@@ -112,6 +111,8 @@ class Endpoint:
         asyncio.run(self._answer(questions, done, keep))
 
     async def _answer(self, questions: Sequence[Question], done: set[int], keep: Keep) -> None:
+        from longalign.llm import Client, NoReply  # the API's library: most of a second that training ranks save
+
         endpoint = self.config.endpoint
         seed = {"seed": self.config.seed} if self.config.temperature else {}
 

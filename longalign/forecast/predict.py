@@ -3,6 +3,7 @@
     matrices      FLOPs / rate; with layers that compute theirs again, a third more for those layers
     attention     FLOPs forward and backward / their rates, which fall for short documents
     the rest      norms, rotations, activations, sums: bytes / memory bandwidth
+    exchange      with sequence parallelism: bytes sent / the link's rate
 
 Which layers compute what again is decided as model/activations.py does, from the memory that weights, gradients and
 optimizer states leave.
@@ -10,6 +11,7 @@ optimizer states leave.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,18 +58,25 @@ class Pass(NamedTuple):
 
 
 def predict(
-    documents: Any, shape: dict[str, int], gpu: Gpu, policy: Policy, fixed: float, host_room: float = np.inf
+    documents: Any,
+    shape: dict[str, int],
+    gpu: Gpu,
+    policy: Policy,
+    fixed: float,
+    host_room: float = np.inf,
+    sequence_parallel: int = 1,
 ) -> Pass | None:
     """Of documents (lengths in tokens) in one pack; None if it does not fit.
 
     fixed: bytes of weights, gradients and states on the GPU. host_room: bytes of host memory for activations.
+    sequence_parallel: GPUs that run the pack together, each an equal share of its tokens and of its attention.
     """
     lengths = np.asarray(documents, dtype=np.float64)
-    tokens, size, layers = float(lengths.sum()), Bytes.of(shape), shape["layers"]
+    tokens, size, layers = float(lengths.sum()) / sequence_parallel, Bytes.of(shape), shape["layers"]  # of one GPU
     room = gpu.memory * (1 - MARGIN) - fixed
     limit = room / size.whole  # tokens of which everything is kept
     if policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
-        return _in_slices(lengths, limit, shape, gpu, fixed, host_room)
+        return _in_slices(lengths, limit, shape, gpu, fixed, host_room, sequence_parallel)
     again, attention_again = 1.0, 0.0  # shares of layers that compute matrices and attention again
     on_host = tokens * (size.inputs + size.attention) <= host_room
     passing = tokens * size.passing if tokens < TILE_FROM else tokens * size.tiled + TILE * size.passing
@@ -91,28 +100,42 @@ def predict(
         return None
     cost = cost_of(shape)
     forward, backward = np.array([gpu.attention(length) for length in lengths]).T
-    attention = cost.quadratic * lengths**2 / 3
+    attention = cost.quadratic * lengths**2 / 3 / sequence_parallel
     seconds = cost.linear * tokens * (1 + again * _again(shape) / 3) / gpu.linear
     seconds += float((attention * (1 + attention_again) / forward + 2 * attention / backward).sum())
     seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
+    passes = 2 if kept == "everything" else 3  # forward, backward, and forward again
+    seconds += passes * tokens * _exchanged(shape, sequence_parallel) / gpu.link
     return Pass(seconds + OVERHEAD, fixed + peak, kept)
 
 
 def _in_slices(
-    lengths: np.ndarray, limit: float, shape: dict[str, int], gpu: Gpu, fixed: float, host_room: float
+    lengths: np.ndarray,
+    limit: float,
+    shape: dict[str, int],
+    gpu: Gpu,
+    fixed: float,
+    host_room: float,
+    sequence_parallel: int,
 ) -> Pass | None:
     """As data/batch.cut cuts a pack."""
     slices: list[list[float]] = [[]]
     for length in lengths.tolist():
-        if slices[-1] and sum(slices[-1]) + length > limit:
+        if slices[-1] and sum(slices[-1]) + length > limit * sequence_parallel:
             slices.append([])
         slices[-1].append(length)
-    found = [predict(piece, shape, gpu, "budget", fixed, host_room) for piece in slices]
+    found = [predict(piece, shape, gpu, "budget", fixed, host_room, sequence_parallel) for piece in slices]
     done = [one for one in found if one]
     if len(done) < len(found):
         return None
     kept = f"{max(done, key=lambda one: one.seconds).kept}, {len(done)} slices"
     return Pass(sum(one.seconds for one in done), max(one.peak for one in done), kept)
+
+
+def _exchanged(shape: dict[str, int], ranks: int) -> float:
+    """Bytes that a pass sends to other ranks, a token: q, k, v and attention's output of all layers, bf16."""
+    heads = 2 * shape["heads"] + 2 * lcm(shape["kv_heads"], ranks)  # see model/ulysses.py
+    return 2 * shape["layers"] * heads * shape["head_dim"] * (ranks - 1) / ranks
 
 
 def _again(shape: dict[str, int]) -> float:

@@ -9,6 +9,7 @@ a GPU at hand the worst pack is run first, and what it takes corrects the rest.
 from __future__ import annotations
 
 import tempfile
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from longalign.model.activations import Policy, resolve_policy
 from longalign.model.cost import shape_of
 from longalign.model.load import load_config
 from longalign.model.offload import SHARE, free_host_memory
-from longalign.preflight import copy_needs, count_parameters, memory_needs
+from longalign.preflight import check_sequence_parallel, count_parameters, memory_needs
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 from longalign.stats import ranks_of, strategies
@@ -42,14 +43,15 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 def plan(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
     gpu, ranks = find_gpu(config), ranks_of(config)
-    cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks})
-    config = config.model_copy(update={"cluster": cluster})
+    cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks, "nodes": 1})
+    config, together = config.model_copy(update={"cluster": cluster}), cluster.sequence_parallel
+    check_sequence_parallel(config)
     dataset, data = read_data(config.data_dir)
     hf = load_config(config)
     shape, parameters, lengths = shape_of(hf), count_parameters(config), lengths_of(dataset)
     fixed, on_host = memory_needs(config, parameters)
     host = (config.plan.host_gib or psutil.virtual_memory().total / 2**30) * 2**30
-    room = max(0.0, SHARE * (host - on_host - copy_needs(config, parameters)) / min(ranks, 8))
+    room = max(0.0, SHARE * (host - on_host) / min(ranks, 8))
     policy = resolve_policy(config, "cuda")
     chosen = strategies(config)
     if dry_run:
@@ -66,12 +68,14 @@ def plan(config: Config, dry_run: bool) -> int:
             bar.advance(1, note=name)
     if not steps:
         raise UserError(refused[config.strategy.name])
-    time_of = lambda documents: predict(documents, shape, gpu, policy, fixed, room)
+    time_of = lambda documents: predict(documents, shape, gpu, policy, fixed, room, together)
     worst = max(
         (p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: (np.square(p).sum(), p.sum())
     )
-    if time_of(worst) is None:
-        raise UserError(does_not_fit(config, worst, shape, gpu, parameters, room))
+    largest = max((p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: p.sum())
+    for pack in (worst, largest):
+        if time_of(pack) is None:
+            raise UserError(does_not_fit(config, pack, shape, gpu, parameters, room))
     factor = probe(config, hf, worst, shape, gpu, policy, parameters, room) if config.plan.probe else None
     step_extra = optimizer_seconds(config, parameters, gpu)
     rows = {
@@ -82,6 +86,7 @@ def plan(config: Config, dry_run: bool) -> int:
         "gpu": gpu.name,
         "gpu_measured": gpu.measured,
         "ranks": ranks,
+        "sequence_parallel": together,
         "activations": policy,
         "fixed_gib": fixed / 2**30,
         "worst_pack": {"tokens": int(worst.sum()), "documents": len(worst), "longest": int(worst.max())},
@@ -140,12 +145,13 @@ def forecast(
 ) -> dict[str, Any]:
     """Figures of one strategy."""
     seconds, busy, tokens, most = 0.0, 0.0, 0, Pass(0.0, 0.0, "")
+    groups = ranks // config.cluster.sequence_parallel  # that packs are dealt to
     for packs, costs in zip(found["packs"], found["costs"], strict=True):
-        for micro in deal(costs, ranks, config.cluster.packs_per_micro_step):
+        for micro in deal(costs, groups, config.cluster.packs_per_micro_step):
             passes = [time_of(np.concatenate([packs[p] for p in mine])) for mine in micro if mine]
             times = [one.seconds * factor for one in passes]
             seconds += max(*times, exchanged)
-            busy += sum(times) / ranks
+            busy += sum(times) / groups
             most = max(most, *passes, key=lambda one: one.peak)
         seconds += step_extra
         tokens += int(sum(pack.sum() for pack in packs))
@@ -168,14 +174,14 @@ def forecast(
 def exchange(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
     """Seconds that a micro-step exchanges: ZeRO-3 gathers bf16 weights twice, from 2 on fp32 gradients are reduced."""
     stage = config.cluster.zero_stage
-    if int(config.cluster.processes) == 1 or stage < 2:
+    if config.cluster.ranks == 1 or stage < 2:
         return 0.0
     return parameters * (8 if stage == 3 else 4) / gpu.link
 
 
 def optimizer_seconds(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
     """Seconds of a step beyond its passes: AdamW reads and writes 38 bytes a parameter, on the GPU or the host."""
-    ranks = int(config.cluster.processes)
+    ranks = config.cluster.ranks
     if config.cluster.offload_optimizer:
         hosts = -(-ranks // 8)
         return parameters / hosts / CPU_ADAM + parameters / ranks * 6 / gpu.host
@@ -189,9 +195,11 @@ def probe(
     if not torch.cuda.is_available():
         return None
     backend = attention.backend_of(config, hf, "cuda")[0]
-    row = run_case(config, hf, Case("worst", backend, policy), worst.tolist(), "cuda")
     expected = predict(worst, shape, gpu, policy, 4 * parameters, room)  # weights and gradients in bf16
-    if "failed" in row or expected is None:
+    if expected is None:
+        return None
+    row = run_case(config, hf, Case("worst", backend, policy), worst.tolist(), "cuda")
+    if "failed" in row:
         return None
     peak = row["peak_bytes"] / 2**30
     told = (
@@ -204,23 +212,29 @@ def probe(
 def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, parameters: int, room: float) -> str:
     """What to change so that the worst pack fits, the least first."""
     changes: list[dict[str, Any]] = [{}]
-    if int(config.cluster.processes) > 1 and config.cluster.zero_stage < 3:
+    if config.cluster.ranks > 1 and config.cluster.zero_stage < 3:
         changes.append({"cluster.zero_stage": 3})
     if not config.cluster.offload_optimizer:
         changes += [{**change, "cluster.offload_optimizer": True} for change in changes]
     changes = [
         {**change, **policy} for change in changes for policy in ({}, {"activations": "offload"}) if change or policy
     ]
+    most = gcd(shape["heads"], int(config.cluster.processes))
+    more = [n for n in range(config.cluster.sequence_parallel + 1, most + 1) if most % n == 0]
+    changes += [{**change, "cluster.sequence_parallel": n} for n in more for change in ({}, *changes)]
     for change in changes:
         inner = {key.removeprefix("cluster."): value for key, value in change.items() if key.startswith("cluster.")}
         other = config.model_copy(update={"cluster": config.cluster.model_copy(update=inner)})
         policy = change.get("activations", resolve_policy(config, "cuda"))
-        if predict(worst, shape, gpu, policy, memory_needs(other, parameters)[0], room):
+        together = other.cluster.sequence_parallel
+        if predict(worst, shape, gpu, policy, memory_needs(other, parameters)[0], room, together):
             words = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
             return f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}; it would with {words}"
+    cluster = config.cluster
+    key = "strategy.pack_tokens" if worst.sum() > config.max_length else f"max_length={config.max_length}"
     return (
         f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}, whatever is offloaded; use more GPUs "
-        f"(cluster.processes={config.cluster.processes}), or lower max_length={config.max_length}"
+        f"(cluster.processes={cluster.processes} cluster.sequence_parallel={cluster.sequence_parallel}), or lower {key}"
     )
 
 
@@ -237,6 +251,8 @@ def advice(config: Config, documents: list[int]) -> str:
 def table(report: dict[str, Any]) -> Table:
     about = "" if report["gpu_measured"] else ", rates scaled from the H200's"
     about += f", corrected by {report['probe']:.2f} measured here" if report["probe"] else ""
+    if (together := report["sequence_parallel"]) > 1:
+        about = f", {together} run a pack together{about}"
     made = Table(title=f"{report['ranks']} x {report['gpu']}{about}", title_justify="left", box=box.SIMPLE)
     made.add_column("strategy")
     for column in ("steps", "s/step", "tokens/s/GPU", "idle", "peak GiB", "hours", "cost"):

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -103,7 +104,7 @@ class Activations:
 
     def slice_tokens(self) -> int | None:
         """Tokens that run without computing anything twice; None if that is not known or not worth a slice."""
-        limit = self.memory.whole_tokens() if self.memory else 0
+        limit = _least(self.memory.whole_tokens()) if self.memory else 0
         return limit if limit >= LEAST_SLICE else None
 
     def describe(self, slices: int) -> str:
@@ -124,7 +125,9 @@ class Activations:
             self.attention_on_host = self._fits_host(tokens)
         if not self.memory:
             return
-        whole = self.memory.fits_whole(tokens)
+        # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
+        # and ZeRO-3's.
+        whole = bool(_least(self.memory.fits_whole(tokens)))
         self.inputs_on_host = not whole and self._fits_host(tokens) == len(self.layers)
         self.attention_on_host = len(self.layers) if self.inputs_on_host else 0
         self.with_matmuls = self.memory.choose(tokens, whole, self.inputs_on_host)
@@ -188,6 +191,15 @@ class Memory:
             self.matmuls = (used - self._kept(on_host) - self.passing) / layers
         elif tokens >= LEAST_SLICE or not self.passing:  # short ones measure workspaces, not tokens
             self.passing = max(self.passing, used - self._kept(on_host), 1.0)
+
+
+def _least(value: int) -> int:
+    """The smallest of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    smallest = torch.tensor(int(value), device="cuda")
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
 
 
 def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:

@@ -13,12 +13,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from longalign.errors import UserError
-from longalign.model import kernels
+from longalign.model import kernels, ulysses
 from longalign.model.cost import shape_of
 from longalign.model.load import resolve_dtype
 from longalign.schema import Config
@@ -122,8 +123,11 @@ def packed_attention(
     return torch.cat(out)
 
 
-def install(model: Any, backend: Backend, deterministic: bool = False) -> None:
-    """Make a transformers model use `packed_attention`. Raises UserError for models it would be wrong for."""
+def install(model: Any, backend: Backend, deterministic: bool = False, group: dist.ProcessGroup | None = None) -> None:
+    """Make a transformers model use `packed_attention`. Raises UserError for models it would be wrong for.
+
+    group: the ranks that run a pack together, each its own tokens of it (ulysses.py).
+    """
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UserError(
@@ -133,7 +137,7 @@ def install(model: Any, backend: Backend, deterministic: bool = False) -> None:
 
     def forward(
         module: torch.nn.Module,
-        query: torch.Tensor,  # [1, H, T, D]
+        query: torch.Tensor,  # [1, H, T, D], or T / ranks of a group
         key: torch.Tensor,  # [1, K, T, D]
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -149,7 +153,11 @@ def install(model: Any, backend: Backend, deterministic: bool = False) -> None:
             raise AssertionError("attention dropout is not supported in packs")
         q_THD, k_TKD, v_TKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would copy backward
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if group is not None:
+            q_THD, k_TKD, v_TKD = ulysses.gather_sequence(q_THD, k_TKD, v_TKD, group)
         out_THD = packed_attention(q_THD, k_TKD, v_TKD, cu_seq_lens_q, int(max_length_q), scale, backend, deterministic)
+        if group is not None:
+            out_THD = ulysses.scatter_sequence(out_THD, group)
         return out_THD[None], None
 
     AttentionInterface.register(NAME, forward)

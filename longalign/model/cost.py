@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,3 +43,21 @@ def cost_of(shape: dict[str, int]) -> Cost:
     q, kv = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
     weights = shape["hidden"] * (2 * q + 2 * kv) + 3 * shape["hidden"] * shape["intermediate"]
     return Cost(linear=6.0 * shape["layers"] * weights, quadratic=6.0 * shape["layers"] * q)
+
+
+def fit(documents: Sequence[Sequence[int]], seconds: Sequence[float]) -> Cost:
+    """Seconds instead of FLOPs: a and b of a*s + b*s^2, summed over a pack's documents, nearest to what packs took.
+
+    The least squares of relative errors. documents: the lengths of each pack's, seconds: of its forward and backward
+    pass. Raises ValueError if the packs do not tell both, being too alike.
+    """
+    if len(seconds) < 2:
+        raise ValueError("one pack does not tell two costs")
+    lengths = [np.asarray(pack, dtype=np.float64) for pack in documents]
+    sums = np.array([[s.sum(), np.square(s).sum()] for s in lengths]) / np.asarray(seconds)[:, None]
+    scale = sums.mean(0)  # tokens and their squares are orders of magnitude apart
+    solution, _, rank, _ = np.linalg.lstsq(sums / scale, np.ones(len(sums)), rcond=1e-6)
+    linear, quadratic = solution / scale
+    if rank < 2 or linear <= 0 or quadratic < 0:
+        raise ValueError("packs of one long document and packs of many short ones are needed to tell both costs")
+    return Cost(float(linear), float(quadratic))

@@ -74,16 +74,25 @@ def micro_batch(
 
 
 def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Module, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each target in float32, [N]; logits are made for CHUNK targets at a time, twice."""
+    """Cross-entropy of each target in float32, [N]; logits are made for CHUNK targets at a time, twice.
+
+    All of it is one call of the module lm_head: ZeRO-3 gathers a module's weight from all ranks at every call, and
+    ranks have unlike numbers of targets, hence of chunks.
+    """
+    logits_of = lm_head.forward
 
     def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
+        return F.cross_entropy(logits_of(hidden).float(), targets, reduction="none")
 
-    pieces = []
-    for start in range(0, max(len(targets_N), 1), CHUNK):  # once at least, so that every rank calls lm_head
-        part = slice(start, start + CHUNK)
-        pieces.append(checkpoint(chunk_losses, hidden_ND[part], targets_N[part], use_reentrant=False))
-    return torch.cat(pieces)
+    def losses(hidden_ND: torch.Tensor) -> torch.Tensor:
+        parts = zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)
+        return torch.cat([checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts])
+
+    lm_head.forward = losses
+    try:
+        return lm_head(hidden_ND)
+    finally:
+        lm_head.forward = logits_of
 
 
 class WeightedLoss(torch.nn.Module):

@@ -7,6 +7,7 @@ two.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
+CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.85  # of the host memory that is free, for all ranks of the host together
 TILE = 32768  # tokens that an MLP runs at a time, in micro-steps of
 TILE_FROM = 131072  # so many or more
@@ -36,7 +38,7 @@ class Host:
 
     def leave(self, key: Key, tensor: torch.Tensor) -> None:
         """Begin to copy it to the host."""
-        buffer = self._buffer(key, tensor)
+        buffer = self.buffer(key, tensor.shape, tensor)
         self.away[key] = (tensor.shape, tensor.device)
         if self.stream is None or not tensor.is_cuda:
             buffer.copy_(tensor)
@@ -68,31 +70,41 @@ class Host:
             self.begin(key[0] - 1)  # while this layer is computed
         return tensor
 
-    def _buffer(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
-        have = self.buffers.get(key)
-        if have is None or have.numel() < tensor.numel() or have.dtype != tensor.dtype:
-            if have is not None and tensor.is_cuda:
+    def buffer(self, key: Key, shape: torch.Size | tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """The key's memory, for a tensor of this shape, and of the dtype and device of `like`."""
+        have, numel = self.buffers.get(key), math.prod(shape)
+        if have is None or have.numel() < numel or have.dtype != like.dtype:
+            if have is not None and like.is_cuda:
                 torch.cuda.cudart().cudaHostUnregister(have.data_ptr())
-            have = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            if tensor.is_cuda:
+            have = torch.empty(numel, dtype=like.dtype)
+            if like.is_cuda:
                 torch.cuda.cudart().cudaHostRegister(have.data_ptr(), have.nbytes, 0)
             self.buffers[key] = have
-        return have[: tensor.numel()].view(tensor.shape)
+        return have[:numel].view(shape)
 
 
 def free_host_memory() -> int:
-    """Bytes that programs may still take: of the machine, or of the container if that is less (cgroup 2 and 1)."""
+    """Bytes that programs may still take: of the machine, or of the container if that is less (cgroup 2 and 1).
+
+    What files in memory take counts as free, as the kernel gives it back when it is needed.
+    """
     free = psutil.virtual_memory().available
-    for names in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for most, used, stat, files in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
     ):
         try:
-            most, used = ((Path("/sys/fs/cgroup") / name).read_text().strip() for name in names)
+            limit, taken, counts = ((CGROUP / name).read_text().strip() for name in (most, used, stat))
         except OSError:
             continue
-        if most.isdigit():
-            free = min(free, int(most) - int(used))
+        if limit.isdigit():
+            given_back = dict(line.split() for line in counts.splitlines()).get(files, 0)
+            free = min(free, int(limit) - int(taken) + int(given_back))
     return max(free, 0)
 
 

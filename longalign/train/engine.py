@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -12,7 +13,7 @@ import deepspeed
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from longalign.model import attention, kernels
+from longalign.model import attention, kernels, ulysses
 from longalign.model.activations import Activations, resolve_policy
 from longalign.model.load import load_model, loads_weights, resolve_dtype
 from longalign.model.loss import WeightedLoss
@@ -73,6 +74,18 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [g for g in groups if g["params"]]
 
 
+def import_muon_uncompiled() -> None:
+    """DeepSpeed imports Muon whatever the optimizer is, and its @torch.compile loads the compiler: 4 s of each rank."""
+    from deepspeed.runtime import compiler
+
+    compiler.compile, compiled = (lambda: lambda function: function), compiler.compile
+    try:
+        with contextlib.suppress(ImportError):  # it has moved in another release
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled
+
+
 def build_engine(config: Config, ranks: int) -> Any:
     """Load the model with packed attention and its loss, and hand it to DeepSpeed. Returns the engine."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -84,7 +97,8 @@ def build_engine(config: Config, ranks: int) -> Any:
     sharded = config.cluster.zero_stage == 3 and loads_weights(config)
     zero3 = HfDeepSpeedConfig(settings) if sharded else None
     model = load_model(config, dtype)
-    attention.install(model, attention.backend_of(config, model.config, device)[0], config.deterministic)
+    backend = attention.backend_of(config, model.config, device)[0]
+    attention.install(model, backend, config.deterministic, ulysses.make_group(config.cluster.sequence_parallel))
     if device == "cuda" and config.model.kernels == "auto":
         kernels.install(model)
     activations = Activations(model, resolve_policy(config, device))
@@ -96,6 +110,9 @@ def build_engine(config: Config, ranks: int) -> Any:
         optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, adamw_mode=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device == "cuda")
+    # DeepSpeed is not told of sequence parallelism (no mpu): to it all ranks are data-parallel, which is exact, see
+    # worker.train_step. Weights and states are so divided among all ranks, too.
+    import_muon_uncompiled()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
         engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
     del zero3

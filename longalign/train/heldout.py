@@ -25,16 +25,16 @@ from longalign.train.breakdown import Breakdown
 from longalign.train.micro import MicroStep, micro_steps
 
 
-def heldout_packs(config: Config, limit: int | None = None) -> tuple[Dataset, list[Pack]]:
+def heldout_packs(config: Config, limit: int | None = None, key: str = "data_dir") -> tuple[Dataset, list[Pack]]:
     """The held-out rows of data_dir and packs of them, or of the first `limit` with a target.
 
-    Raises UserError if there are none that can be used.
+    Raises UserError, which calls the folder by `key`, if there are none that can be used.
     """
     folder = Path(config.data_dir) / "eval"
     if not (folder / "manifest.json").is_file():
         wanted, instead = f"eval_every={config.eval_every} but ", ", or set eval_every=null or other eval_tasks"
         raise UserError(
-            f"{wanted if config.eval_every else ''}data_dir={config.data_dir} has no held-out samples; run "
+            f"{wanted if config.eval_every else ''}{key}={config.data_dir} has no held-out samples; run "
             f"`longalign tokenize` with eval_fraction=0.01{instead if config.eval_every else ''}"
         )
     dataset, shape = read_data(str(folder))[0], read_data(config.data_dir)[1]["model_shape"]

@@ -1,4 +1,7 @@
-"""The micro-steps of one rank: its packs, concatenated, and what their targets weigh."""
+"""The micro-steps of one rank: its packs, concatenated, and what their targets weigh.
+
+With cluster.sequence_parallel=N packs are dealt to groups of N neighbouring ranks, and each runs its part of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from longalign.data.batch import Batch, cut
+from longalign.data.batch import Batch, cut, share
 from longalign.data.packing import deal
 from longalign.data.plan import Pack
 from longalign.model.loss import StepTotals, micro_batch
@@ -34,27 +37,31 @@ def micro_steps(
     """This rank's micro-steps of a step of `packs`: as many as every other rank has, since all call the collectives.
 
     G, the number of groups whose losses are measured too, is 0 without a breakdown. With slice_tokens the documents of
-    a micro-step run in slices of so many tokens, which may need no recomputation.
+    a micro-step run in slices of so many tokens of each rank, which may need no recomputation.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    together = config.cluster.sequence_parallel if dist.is_initialized() else 1
+    group, place = divmod(rank, together)
     totals, counts = StepTotals.of(packs), breakdown.counts(packs) if breakdown else torch.empty(0)
-    dealt = deal([p.cost for p in packs], ranks, config.cluster.packs_per_micro_step)
-    for number, of_ranks in enumerate(dealt, start=1):
-        mine = [packs[p] for p in of_ranks[rank]]
-        some = mine or [min(packs, key=lambda p: p.tokens)]  # a rank without a pack runs the smallest with weight 0
+    dealt = deal([p.cost for p in packs], ranks // together, config.cluster.packs_per_micro_step)
+    for number, of_groups in enumerate(dealt, start=1):
+        mine = [packs[p] for p in of_groups[group]]
+        some = mine or [min(packs, key=lambda p: p.tokens)]  # a group without one runs the smallest with weight 0
         batch, weights = micro_batch(dataset, some, config.strategy.average, totals)
         if breakdown:
             ids = [sample for pack in some for sample in pack.sample_ids]
             weights = torch.cat([weights, breakdown.weights(batch, ids, counts)], dim=1)
-        slices = cut(batch, weights * bool(mine), slice_tokens) if slice_tokens else [(batch, weights * bool(mine))]
+        weights = weights * bool(mine)
+        slices = cut(batch, weights, slice_tokens * together) if slice_tokens else [(batch, weights)]
         slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
-        for place, (piece, its_weights) in enumerate(slices, start=1):
-            yield MicroStep(piece.to(device), its_weights.to(device), number == len(dealt) and place == len(slices))
+        for count, whole in enumerate(slices, start=1):
+            piece, its_weights = share(*whole, place, together)
+            yield MicroStep(piece.to(device), its_weights.to(device), number == len(dealt) and count == len(slices))
 
 
 def _most(count: int, device: torch.device) -> int:
     """The largest count of any rank."""
-    if dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return count
     largest = torch.tensor(count, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)

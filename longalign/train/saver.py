@@ -1,188 +1,134 @@
-"""Writing checkpoints beside training, each whole or not at all.
+"""Writing checkpoints beside training.
 
-    save(step)   every rank copies what it holds to memory of its own; training goes on
-    threads      rank-N.safetensors, flushed to the disk, then its mark rank-N.json with size and checksum
-    rank 0's     waits for the marks of all ranks, writes checkpoint.json, renames .step-000200.partial to step-000200,
-                 removes old checkpoints
+    save    every rank copies the pieces it owns into host memory (training waits for this alone), and a thread
+            writes and checksums them: rank-N.bin, then rank-N.json
+    publish rank 0's thread waits for every rank's json, writes checkpoint.json and gives the folder its name
 
-No rank asks another from a thread: they meet in files alone.
+A folder has its name when it is whole. Ranks meet in no collective but a barrier before the first byte.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 
-from longalign.files import disk_errors, read_json, write_json
+from longalign.files import disk_errors, write_json
+from longalign.model.offload import Host
+from longalign.progress import warn
 from longalign.schema import Config
-from longalign.train.checkpoint import CHECKSUM, CHUNK, complete, name, remove, step_of, sweep, write_record
-from longalign.train.fragments import KINDS, share, sizes, updates
-
-POLL_S = 0.05
-
-
-def write_tensors(path: Path, numels: dict[str, int], tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """Write float32 tensors [numel] as a safetensors file, through to the disk; returns its size and checksum.
-
-    safetensors' own writer wants all of them in memory and would have the file read again for the checksum.
-    """
-    header, at = {}, 0
-    for key, numel in numels.items():
-        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [at, at + 4 * numel]}
-        at += 4 * numel
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = xxhash.xxh3_128()
-    with open(path, "wb") as file:
-
-        def put(data: Any) -> None:
-            digest.update(data)  # as write, this lets other threads run meanwhile
-            file.write(data)
-
-        put(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            data: Any = tensor.numpy().view("uint8")
-            for start in range(0, len(data), CHUNK):
-                put(data[start : start + CHUNK])
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, CHECKSUM: digest.hexdigest()}
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from longalign.train import state
+from longalign.train.checkpoint import LAYOUT, RECORD, complete, name
 
 
 class Saver:
-    """`with Saver(engine, config, plan) as saver: saver.save(step)`; made and called by every rank.
+    """Of one run. plan: its plan's identity, which a resumed run must have in common with this one."""
 
-    plan: the plan's identity. Leaving the block waits for what is being written; after an error, up to grace_s.
-    """
-
-    def __init__(self, engine: Any, config: Config, plan: dict[str, Any]):
+    def __init__(self, config: Config, engine: Any, plan: dict[str, Any], saved: int = 0):
         assert config.output_dir is not None
-        self.engine, self.config, self.folder = engine, config, Path(config.output_dir) / "checkpoints"
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        layout = {"processes": self.ranks, "zero_stage": engine.zero_optimization_stage()}
-        self.about = {"plan": plan, "parameters": sizes(engine), "layout": layout}
-        self.numels = {f"{kind}/{f.name}@{f.start}": f.numel for f in share(engine) for kind in KINDS}
-        self.buffer: torch.Tensor | None = None
-        if config.save_every and config.save_async:
-            self.buffer = torch.empty(sum(self.numels.values()), dtype=torch.float32)
-            if config.cluster.device == "cuda":  # page-locked: torch's own allocator would round up to a power of two
-                status = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.nbytes, 0)
-                assert status.value == 0, f"cudaHostRegister failed: {status}"
+        self.folder, self.config, self.engine, self.plan = Path(config.output_dir, "checkpoints"), config, engine, plan
+        self.saved = saved  # the last step whose checkpoint stands
+        self.host = Host()
         self.thread: threading.Thread | None = None
-        self.final = self.folder  # what is being written; a folder that exists, as long as nothing is
         self.error: BaseException | None = None
-        self.give_up = threading.Event()
-        if self.rank == 0:
-            with disk_errors(self.folder, "output_dir"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
-        dist.barrier()
+        if dist.get_rank() == 0:
+            for left in self.folder.glob(".step-*.partial"):  # by a killed run
+                shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step: int, wait: bool = False) -> None:
-        """Save the state after optimizer step `step`, once the checkpoint before is written.
+    def save(self, step: int) -> None:
+        """Save the state after optimizer step `step`; called by every rank. The one before is finished first.
 
-        With `wait`, or without the memory for a copy (save_async=false), the files are written before this returns.
-        Raises UserError on a full disk, of this checkpoint or the one before.
+        Raises UserError on a full disk, now or at a later call. Training waits for the disk if there is no host memory
+        for a copy.
         """
-        self.wait()
-        optimizer, mine = self.engine.basic_optimizer, share(self.engine)
-        views = (f.view(optimizer, kind) for f in mine for kind in KINDS)
-        about = {"step": step, "updates": updates(self.engine), **self.about}
-        self.final = self.folder / name(step)
-        if wait or self.buffer is None:
-            self._run(about, (view.float().cpu() for view in views))
-            self.poll()
+        self.finish()
+        partial = self.folder / f".{name(step)}.partial"
+        if dist.get_rank() == 0:
+            with disk_errors(partial, "output_dir"):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        dist.barrier()
+        owned = state.owned(self.engine)
+        index: list[list[Any]] = []
+        floats = 0
+        for piece in owned:
+            index.append([piece.name, piece.start, piece.stop, floats])
+            floats += len(state.KINDS) * (piece.stop - piece.start)
+        about = {"step": step, "updates": state.updates(self.engine), "layout": LAYOUT, "plan": self.plan}
+        if 4 * floats > self.host.room():
+            if not self.saved:
+                gib = 4 * floats / 2**30
+                warn(f"no host memory for a copy of {gib:.1f} GiB: training waits while checkpoints are written")
+            blocks = (tensor.cpu() for piece in owned for tensor in state.tensors(self.engine, piece))
+            self._write(partial, index, blocks, about)
+            self.finish()
             return
-        copies = self.buffer.split(list(self.numels.values()))
-        for copy, view in zip(copies, views, strict=True):
-            copy.copy_(view, non_blocking=True)
-        if self.config.cluster.device == "cuda":
-            torch.cuda.synchronize()
-        self.thread = threading.Thread(target=self._run, args=(about, copies), daemon=True)
+        copy = self._copy(owned, floats)
+        self.thread = threading.Thread(target=self._write, args=(partial, index, copy.split(2**24), about), daemon=True)
         self.thread.start()
 
-    def poll(self) -> None:
-        """Raise what went wrong in the background, if anything did."""
-        if self.error is not None:
+    def finish(self) -> None:
+        """Wait until the last save stands. Raises UserError if it could not be written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
             raise self.error
 
-    def wait(self) -> None:
-        """Wait until this rank's files, on rank 0 the whole checkpoint, are written. Raises what went wrong."""
-        if self.thread is not None:
-            self.thread.join()
-        self.poll()
+    def _copy(self, owned: list[state.Piece], floats: int) -> torch.Tensor:
+        like = owned[0].flat if owned else torch.empty(0)
+        copy, at = self.host.buffer((0, 0), (floats,), like), 0
+        for piece in owned:
+            for tensor in state.tensors(self.engine, piece):
+                copy[at : at + tensor.numel()].copy_(tensor, non_blocking=True)
+                at += tensor.numel()
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        return copy
 
-    def _run(self, about: dict[str, Any], tensors: Iterable[torch.Tensor]) -> None:
-        partial = self.final.with_name(f".{self.final.name}.partial")
-        file = partial / f"rank-{self.rank:05d}.safetensors"
+    def _write(self, partial: Path, index: list[Any], blocks: Iterable[torch.Tensor], about: dict[str, Any]) -> None:
+        """This rank's files, and rank 0's publishing. Keeps an error for `finish`."""
         try:
-            with disk_errors(self.final, "output_dir, or lower keep_last"):
-                partial.mkdir(exist_ok=True)
-                try:
-                    written = write_tensors(file, self.numels, tensors)
-                    write_json(file.with_suffix(".json"), {file.name: written})
-                except BaseException:  # make room again
-                    file.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):
-                        partial.rmdir()
-                    raise
-                if self.rank == 0:
-                    self._commit(partial, about)
+            with disk_errors(partial, "output_dir"):
+                path, checksum = partial / f"rank-{dist.get_rank():05d}.bin", xxhash.xxh3_128(repr(index).encode())
+                with open(path, "wb") as file:
+                    for block in blocks:
+                        data = block.numpy().data.cast("B") if block.numel() else b""
+                        checksum.update(data)
+                        file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_json(path.with_suffix(".json"), {"pieces": index, "checksum": checksum.hexdigest()})
+                if dist.get_rank() > 0 or self._publish(partial, about):
+                    self.saved = about["step"]
         except BaseException as error:
             self.error = error
+            with contextlib.suppress(OSError):
+                (partial / f"failed-{dist.get_rank():05d}").touch()
+        if dist.get_rank() == 0 and self.saved != about["step"]:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
 
-    def _commit(self, partial: Path, about: dict[str, Any]) -> None:
-        marks = [partial / f"rank-{rank:05d}.json" for rank in range(self.ranks)]
-        while not all(mark.is_file() for mark in marks):
-            if self.give_up.wait(POLL_S):
-                return
-        files = {key: value for mark in marks for key, value in read_json(mark).items()}
-        write_record(partial, {**about, "files": files})
-        for mark in marks:
-            mark.unlink()
-        flush_folder(partial)
-        shutil.rmtree(self.final, ignore_errors=True)  # no checkpoint, or `abandon_after` had renamed it
-        partial.rename(self.final)
-        flush_folder(self.folder)
-        for old in complete(self.folder)[: -self.config.keep_last]:
-            if not self.config.keep_every or step_of(old) % self.config.keep_every:
-                remove(old)
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self.wait()
-            else:  # of a checkpoint that this rank has written, others may still be writing their part
-                deadline = time.monotonic() + self.config.grace_s
-                while self.error is None and not self.final.exists() and time.monotonic() < deadline:
-                    time.sleep(POLL_S)
-        finally:
-            self.give_up.set()
-            if self.buffer is not None and self.config.cluster.device == "cuda":
-                torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
+    def _publish(self, partial: Path, about: dict[str, Any]) -> bool:
+        """Whether the checkpoint stands; not if another rank failed, which tells why."""
+        while len(list(partial.glob("rank-*.json"))) < dist.get_world_size():
+            if list(partial.glob("failed-*")):
+                return False
+            time.sleep(0.05)
+        files = {f.name: f.stat().st_size for f in sorted(partial.glob("rank-*"))}
+        write_json(partial / RECORD, {**about, "files": files})
+        final = self.folder / name(about["step"])
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        milestone = lambda path: self.config.keep_every and int(path.name[5:]) % self.config.keep_every == 0
+        for old in [path for path in complete(self.folder) if not milestone(path)][: -self.config.keep_last]:
+            shutil.rmtree(old)
+        return True

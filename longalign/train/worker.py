@@ -55,7 +55,9 @@ def train_step(
 
     Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
-    nothing is divided by the number of micro-steps.
+    nothing is divided by the number of micro-steps. Sequence parallelism changes none of this: the step's loss is still
+    the sum of the ranks' shares, each of its own targets, and its gradient the sum of what the ranks' weights receive:
+    the exchanges around attention carry back to every rank what other ranks' targets owe to its tokens.
     """
     shares: torch.Tensor | float = 0.0
     keep: Activations = engine.activations
@@ -92,7 +94,7 @@ def train(config: Config) -> None:
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    start = checkpoint.find_sound(config)
+    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
     done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
     if start:
         checkpoint.load(engine, start)
@@ -103,10 +105,10 @@ def train(config: Config) -> None:
     evaluation = Evaluation(config, engine, n_steps, done) if config.eval_every else None
     if evaluation and evaluation.is_due(done):  # the run was stopped between this step's checkpoint and its evaluation
         evaluation.evaluate(done)
-    saved, stopped, began = done, 0, time.monotonic()
+    saver = Saver(config, engine, plan.manifest["identity"], done)
+    stopped, began = 0, time.monotonic()
 
-    saver = Saver(engine, config, plan.manifest["identity"])
-    with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
             packs = plan.step(step)
             lr = learning_rate(step, n_steps, config)
@@ -144,20 +146,20 @@ def train(config: Config) -> None:
                 metrics.write(json.dumps(row) + "\n")
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             stopped = int(stop)
-            saver.poll()
             if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
-                saver.save(step, wait=bool(stopped))
-                saved, began = step, time.monotonic()
+                saver.save(step)
+                began = time.monotonic()
             if stopped and step < n_steps:
                 break
             if evaluation and evaluation.is_due(step):
                 evaluation.evaluate(step)
                 began = time.monotonic()
+    saver.finish()
     if metrics:
         metrics.close()
-    if stopped and saved < n_steps:
+    if stopped and saver.saved < n_steps:
         if rank == 0:
-            print(f"stopped after step {saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+            print(f"stopped after step {saver.saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
         return
     export(engine, config, run / "model")
     engine.destroy()
@@ -170,7 +172,7 @@ def join(device: str) -> None:
     transformers_logging.disable_progress_bar()
     # DeepSpeed's shared-memory extension would be compiled on a CPU's first run for a minute; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see launch._before_worker
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see cluster/workers.py
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
@@ -188,6 +190,8 @@ def main(paths: list[str]) -> int:
     configs = [load_frozen(path) for path in paths]
     join(configs[0].cluster.device)
     try:
+        if dist.get_world_size() != (ranks := configs[0].cluster.ranks):
+            raise UserError(f"{dist.get_world_size()} ranks were started, and the run was prepared for {ranks}")
         for config in configs:
             train(config)
     except UserError as error:

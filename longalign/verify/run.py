@@ -22,11 +22,13 @@ from rich import box
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longalign.cluster.workers import run_workers
 from longalign.config import to_yaml
 from longalign.data.plan import Plan, prepare_plan, read_data
 from longalign.data.template import Template
+from longalign.errors import UserError
 from longalign.files import disk_errors, read_json, require_disk, versions, write_json, write_text
-from longalign.launch import resolve, run_workers
+from longalign.launch import resolve
 from longalign.model import attention
 from longalign.model.load import load_config, load_model, load_template, load_tokenizer, resolve_dtype
 from longalign.preflight import check_data, check_memory, count_parameters
@@ -43,6 +45,8 @@ DEFECT = "this is a defect of longalign, please report it with verify.json"
 
 def verify(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
+    if config.cluster.launcher != "local":
+        raise UserError(f"verify runs on this machine alone: cluster=auto instead of cluster={config.cluster.name}")
     config = resolve(config)
     output, parameters = Path(config.output_dir or ""), count_parameters(config)
     data = check_data(config)
@@ -155,6 +159,8 @@ def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterato
     yield models.check_reload(ours, reloaded)
     yield models.check_packed(ours, alone, truth)
     where = f"engine, {ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"
+    if config.cluster.sequence_parallel > 1:
+        where += f", sequence parallel {config.cluster.sequence_parallel}"
     for seen, place in ((ours.losses, "this process"), (step["losses"], where)):
         yield models.check_losses(seen, alone.losses, average, dtype, place)
     yield models.check_gradient(step["grad_norm"], alone, dtype, where)
@@ -212,7 +218,8 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
     name, ranks = "1 rank = all ranks", int(config.cluster.processes)
     if ranks == 1:
         return not_run(name, "one process here; cluster.processes=2 compares two on a CPU")
-    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"processes": 1})})
+    one_process = config.cluster.model_copy(update={"processes": 1, "sequence_parallel": 1})
+    alone = config.model_copy(update={"cluster": one_process})
     try:
         check_memory(alone, count_parameters(config))
         one = engine_step(alone, scratch, None)

@@ -20,7 +20,7 @@ import pytest
 from longalign.chat.terminal import _history
 from longalign.config import compose_config
 from longalign.evaluate.generate import Generator
-from tests.conftest import longalign, make_model
+from tests.conftest import in_process, make_model
 
 CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
 ASKED_WHERE = "\x1b[6n"  # terminals answer with the cursor's place
@@ -149,7 +149,7 @@ def test_lines_from_a_pipe(model_dir: Path, tmp_path: Path) -> None:
     """Answers alone go to standard output; a mistake on the way does not end the session."""
     words = [f"model.path={model_dir}", "model=hf", "template=longalign-llama", "cluster=cpu", "max_new_tokens=6"]
     lines = ["what", "/file nope", "/clear", "river " * 600, "what", "is\\", "it", "/save chat.jsonl"]
-    done = longalign("chat", *words, cwd=tmp_path, input="\n".join(lines))
+    done = in_process("chat", *words, cwd=tmp_path, input="\n".join(lines))
     assert done.returncode == 0, "the end of input ends the session"
     messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
     first, second = messages[1]["content"], messages[3]["content"]

@@ -58,6 +58,14 @@ def test_globs_and_lists_expand_in_order(tmp_path: Path) -> None:
     assert [p.name for p in found] == ["a.jsonl", "b.jsonl", "c.json"]
 
 
+def test_globs_leave_out_what_prepare_writes_beside_its_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a_dropped.jsonl", "a.json", "b_dropped.jsonl", "c.json"):
+        write(tmp_path / name)
+    found = expand([str(tmp_path / "*.json*")], "long_file")
+    assert [p.name for p in found] == ["a.jsonl", "b_dropped.jsonl", "c.json"], "b and c are not prepare's"
+    assert expand([str(tmp_path / "a.json")], "long_file"), "asked for by name"
+
+
 @pytest.mark.parametrize("pattern", ["none.jsonl", "*.parquet", "a.csv"])
 def test_missing_or_unknown_files_are_refused(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from longalign.data import plan as planning
-from longalign.data.packing import Packs, best_fit, deal, epoch_packs, idle_share, next_fit, sort_in_runs
-from longalign.data.plan import Plan
+from longalign.data.packing import (
+    Packs,
+    balance,
+    best_fit,
+    deal,
+    epoch_packs,
+    idle_share,
+    next_fit,
+    sort_in_runs,
+    spread,
+)
+from longalign.data.plan import Plan, read_data
 from longalign.errors import UserError
 from longalign.files import read_json, write_json
+from longalign.model.cost import Cost
 from longalign.schema import Config, Strategy
 from tests.conftest import conversation, write_jsonl
 
@@ -24,7 +35,8 @@ MIX = np.load(Path(__file__).parent.parent / "fixtures" / "lengths.npy")  # 5,00
 
 def strategy(name: str, **changes: object) -> Strategy:
     values = {"average": "sequence", "batch_size": 96, "group_size": 8, "packs_per_step": 8}
-    return Strategy(**{"name": name, **values, "packer": "best_fit", "window": 1000, **changes})  # type: ignore[arg-type]
+    values |= {"packer": "best_fit", "window": 1000, "strata": 4, "pack_tokens": None, "cost": None}
+    return Strategy(**{"name": name, **values, **changes})  # type: ignore[arg-type]
 
 
 ALL = [
@@ -33,7 +45,16 @@ ALL = [
     strategy("packing", packer="next_fit"),
     strategy("packing"),
     strategy("packing", window=7),
+    strategy("balanced", packer="spread"),
+    strategy("balanced", packer="next_fit", packs_per_step=6, strata=3),
+    strategy("balanced", packer="equal_cost", window=700),
 ]
+BALANCED = strategy("balanced", packer="spread", packs_per_step=32, window=5000)
+COST = Cost(linear=6 * 32 * 202e6, quadratic=6 * 32 * 4096)  # Llama-2-7B's
+
+
+def packs_of(chosen: Strategy) -> Packs:
+    return epoch_packs(MIX, chosen, 65536, 0, 0, cost=COST)
 
 
 def sizes(packs: Packs, lengths: np.ndarray) -> np.ndarray:
@@ -42,7 +63,7 @@ def sizes(packs: Packs, lengths: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("chosen", ALL, ids=lambda s: f"{s.name}-{s.packer}-{s.window}")
 def test_every_sample_once_and_no_pack_too_long(chosen: Strategy) -> None:
-    packs = epoch_packs(MIX, chosen, 65536, 0, 0)
+    packs = packs_of(chosen)
     assert sorted(packs.samples.tolist()) == list(range(len(MIX)))
     assert packs.offsets[0] == 0
     assert packs.offsets[-1] == len(MIX)
@@ -53,7 +74,7 @@ def test_every_sample_once_and_no_pack_too_long(chosen: Strategy) -> None:
 
 @pytest.mark.parametrize("chosen", ALL, ids=lambda s: f"{s.name}-{s.packer}-{s.window}")
 def test_seed_and_epoch_decide(chosen: Strategy) -> None:
-    make = lambda seed, epoch: epoch_packs(MIX, chosen, 65536, seed, epoch).samples.tolist()
+    make = lambda seed, epoch: epoch_packs(MIX, chosen, 65536, seed, epoch, cost=COST).samples.tolist()
     assert make(1, 0) == make(1, 0)
     assert make(1, 0) != make(2, 0)
     assert make(1, 0) != make(1, 1)
@@ -101,6 +122,72 @@ def test_idle_share() -> None:
     assert idle_share([1.0, 1.0], 2) == 0
     assert idle_share([1.0], 4) == 0.75
     assert idle_share([4.0, 4.0, 1.0, 1.0], 2) == 0, "equal packs run at the same time"
+
+
+@pytest.mark.parametrize(("packs", "per_step", "ranks"), [(40, 8, 2), (41, 8, 3), (5, 8, 2), (7, 1, 4), (90, 9, 16)])
+def test_balance_is_what_dealing_gives(packs: int, per_step: int, ranks: int) -> None:
+    costs = np.random.default_rng(packs).random(packs)
+    steps = [costs[at : at + per_step].tolist() for at in range(0, packs, per_step)]
+    busy = sum(max(costs[p] for rank in micro for p in rank) for costs in steps for micro in deal(costs, ranks))
+    assert balance(costs, per_step, ranks) == pytest.approx(costs.sum() / ranks / busy)
+    assert balance(costs, per_step, ranks, 2 * costs) == pytest.approx(balance(costs, per_step, ranks))
+    assert balance(costs, per_step, 1) == pytest.approx(1)
+
+
+def balanced_at(chosen: Strategy, ranks: int) -> float:
+    return balance(np.add.reduceat(COST(MIX)[packs_of(chosen).samples], packs_of(chosen).offsets[:-1]), 32, ranks)
+
+
+def test_balanced_ranks_do_not_wait() -> None:
+    """Eight ranks, four packs each: under 5% idle, and more for packing."""
+    assert 1 - balanced_at(BALANCED, 8) < 0.02
+    assert 1 - balanced_at(BALANCED, 4) < 0.02, "fewer ranks than a group has packs"
+    assert 1 - balanced_at(strategy("packing", packs_per_step=32), 8) > 0.05
+
+
+def scatter(chosen: Strategy) -> float:
+    """The standard deviation over steps of the mean length of their samples."""
+    packs = packs_of(chosen)
+    whole = (len(packs.offsets) - 1) // chosen.packs_per_step * chosen.packs_per_step
+    bounds = packs.offsets[: whole + 1 : chosen.packs_per_step].tolist()
+    return float(np.std([MIX[packs.samples[a:b]].mean() for a, b in pairwise(bounds)]))
+
+
+def test_balanced_steps_are_more_alike_than_random_ones() -> None:
+    random = scatter(strategy("packing", packs_per_step=32))
+    assert scatter(BALANCED) < 0.5 * random
+    assert scatter(BALANCED.model_copy(update={"strata": 1})) > 2 * scatter(BALANCED), "sorted by cost"
+
+
+def test_spread_fills_packs_and_mixes_long_and_short() -> None:
+    order = np.random.default_rng(0).permutation(len(MIX))
+    packs = spread(MIX, 65536, order, 5000)
+    assert sizes(packs, MIX).sum() / (len(packs.offsets) - 1) / 65536 > 0.99
+    alone = lambda packs: sum(MIX[p].max() < 8192 for p in np.split(packs.samples, packs.offsets[1:-1]))
+    assert alone(packs) == 0 < alone(best_fit(MIX, 65536, order, 5000)), "packs of short samples alone"
+    assert spread(np.array([7, 7, 7, 1]), 8, np.arange(4), 4).offsets.tolist() == [0, 2, 3, 4], "nothing is dropped"
+
+
+def test_costs_given_replace_those_of_the_model() -> None:
+    by_tokens = epoch_packs(MIX, BALANCED, 65536, 0, 0, cost=Cost(1.0, 0.0)).samples.tolist()
+    assert by_tokens != packs_of(BALANCED).samples.tolist()
+
+
+def test_strata_that_do_not_fit_a_step(tmp_path: Path, run_config: Callable[..., Config]) -> None:
+    config = run_config(tmp_path, "strategy=balanced", "strategy.packs_per_step=6")
+    with pytest.raises(UserError, match=r"strategy\.strata=4 does not divide strategy\.packs_per_step=6"):
+        planning.group(config, tmp_path / "plan")
+
+
+def test_cost_of_the_plan_can_be_given(tmp_path: Path, run_config: Callable[..., Config]) -> None:
+    config = run_config(tmp_path, "strategy=balanced", "strategy.cost=[2,0.5]", "epochs=1")
+    manifest = planning.group(config, tmp_path / "plan")
+    table = pq.read_table(tmp_path / "plan" / "plan.parquet").to_pylist()
+    lengths = {row["sample_id"]: row["length"] for row in read_data(config.data_dir)[0]}
+    for row in table:
+        mine = [lengths[i] for i in row["sample_ids"]]
+        assert row["cost"] == sum(2 * s + 0.5 * s * s for s in mine)
+    assert set(manifest["epochs"][0]["balance"]) == {"2", "8", "64"}
 
 
 def test_plan_file(tmp_path: Path, run_config: Callable[..., Config], data_dir: Path) -> None:
@@ -158,24 +245,6 @@ def test_a_large_plan_is_read_a_part_at_a_time(
     assert sorted(seen) == list(range(50_000))
     assert read == list(range(plan.file.num_row_groups)), "each once, in order"
     assert plan.file.num_row_groups == -(-manifest["packs"] // planning.ROWS_PER_GROUP)
-
-
-@pytest.mark.parametrize("step", [1, 100_000])
-def test_any_step_is_found_by_one_read(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that resumes at step 100,000 reads as much as one that begins: the part of the plan that holds the step."""
-    rows, per_step = 200_000, 2
-    numbers = np.arange(rows)
-    columns = [numbers * 0, 1 + numbers // per_step, numbers, [[n] for n in numbers], *[numbers * 0 + 1] * 4]
-    table = pa.table(
-        [pa.array(c, type) for c, type in zip(columns, planning.SCHEMA.types, strict=True)], planning.SCHEMA
-    )
-    pq.write_table(table, tmp_path / "plan.parquet", row_group_size=planning.ROWS_PER_GROUP)
-    write_json(tmp_path / "manifest.json", {"identity": {"data": "big"}, "steps": rows // per_step})
-    plan, read = Plan(tmp_path, {"fingerprint": "big"}), []
-    whole = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, n: [read.append(n), whole(file, n)][1])
-    assert [pack.sample_ids for pack in plan.step(step)] == [[2 * step - 2], [2 * step - 1]]
-    assert read == [(2 * step - 2) // planning.ROWS_PER_GROUP]
 
 
 def test_plan_of_other_data_is_refused(tmp_path: Path, run_config: Callable[..., Config]) -> None:

@@ -95,7 +95,8 @@ def test_killed_at_any_point_it_continues(
         made.append(len(list(cache.rglob("*.arrow"))))
     assert 0 < made[1] <= made[2]
     before = shard_times(cache)
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
+    monkeypatch.setenv("LONGALIGN_CACHE", str(cache))
+    run(words, tmp_path / "killed", "num_proc=2")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
     assert before.items() <= shard_times(cache).items(), "whole shards are not made again"
     assert not list(tmp_path.rglob("*.partial*"))

@@ -24,7 +24,7 @@ from longalign.evaluate.models import Local
 from longalign.evaluate.tasks import heldout
 from longalign.files import read_json, write_json
 from longalign.schema import Config
-from tests.conftest import longalign, write_jsonl
+from tests.conftest import in_process, write_jsonl
 from tests.train.plain import losses_alone
 from tests.train.test_heldout import table
 
@@ -123,7 +123,7 @@ def test_what_is_refused(make: Make, data: Path, model_dir: Path, tmp_path: Path
         return str(refused.value)
 
     assert refusal() == (
-        f"data_dir={bare} has no held-out samples; run `longalign tokenize` with eval_fraction=0.01"
+        f"task.heldout.path={bare} has no held-out samples; run `longalign tokenize` with eval_fraction=0.01"
     ), "not a word of training's settings"
     table(bare / "eval", [("a", 5, 0)], 3)
     assert "has no sample with a target" in refusal()
@@ -157,7 +157,7 @@ def test_the_command_on_the_bundled_model(tmp_path: Path) -> None:
     manifest = tokenize(compose_config("tokenize", [*words, *files, "eval_fraction=0.4"]))
     small = ["lengths=[600]", "samples=1", "max_new_tokens=8"]
     words += [f"data_dir={tmp_path}/tokens", "task=[heldout,retrieval]", *(f"task.retrieval.{word}" for word in small)]
-    done = longalign("eval", *words, "output_dir=out", cwd=tmp_path)
+    done = in_process("eval", *words, "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
     assert results["heldout"]["settings"] == {"path": f"{tmp_path}/tokens", "limit": None}

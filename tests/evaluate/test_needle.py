@@ -17,7 +17,7 @@ from longalign.evaluate.generate import Generator, Stream
 from longalign.evaluate.haystack import _sentences_of, build_document, sentences
 from longalign.evaluate.question import Question, Verdict
 from longalign.evaluate.tasks import needle
-from tests.conftest import longalign
+from tests.conftest import in_process, longalign
 
 FACT = Fact(
     "code of Rome",
@@ -201,6 +201,6 @@ def test_command_leaves_results_and_heatmap(tmp_path: Path, model_dir: Path) -> 
     assert set(results["tasks"]["needle"]["grid"]) == {"64", "128"}
     assert len((tmp_path / "out" / "needle.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "out" / "needle.png").read_bytes().startswith(b"\x89PNG")
-    long = longalign("eval", *words, "task.needle.lengths=[1000]", cwd=tmp_path)
+    long = in_process("eval", *words, "task.needle.lengths=[1000]", cwd=tmp_path)
     assert long.returncode == 2
     assert "the model's context is 512" in long.stderr

@@ -40,6 +40,18 @@ def test_ranks_share_the_work_and_none_is_faster_than_its_share(plan: Plan) -> N
         assert shared["tokens_per_s_per_gpu"] == pytest.approx(shared["tokens_per_s"] / 2)
 
 
+def test_a_group_of_ranks_works_as_one(plan: Plan) -> None:
+    """Four ranks in two groups leave as many idle as two ranks do."""
+    two = plan("cluster.processes=2")
+    four = plan("cluster.processes=4", "cluster.sequence_parallel=2")
+    assert four["sequence_parallel"] == 2
+    for name, row in four["strategies"].items():
+        assert row["steps"] == two["strategies"][name]["steps"]
+        assert row["idle"] == pytest.approx(two["strategies"][name]["idle"], abs=0.05)
+    with pytest.raises(UserError, match=r"sequence_parallel=8 must divide .*; allowed: 1, 2, 4"):
+        plan("cluster.processes=8", "cluster.sequence_parallel=8")
+
+
 def test_money_is_gpu_hours_times_price(plan: Plan) -> None:
     for row in plan("cluster.processes=8", "plan.price_per_gpu_hour=2.5")["strategies"].values():
         assert row["gpu_hours"] == pytest.approx(8 * row["hours"])
@@ -72,4 +84,5 @@ def test_the_nearest_setting_that_fits(base_words: list[str]) -> None:
         }
     )
     assert told(200_000, two).endswith("it would with activations=offload")
+    assert told(1_200_000, two).endswith("it would with activations=offload cluster.sequence_parallel=2")
     assert "whatever is offloaded" in told(2**22, config)

@@ -62,6 +62,26 @@ def test_a_pack_costs_what_its_documents_cost() -> None:
     assert one.seconds == pytest.approx(other.seconds)
 
 
+def test_gpus_that_run_a_pack_together_share_its_time_and_memory() -> None:
+    """Each needs its tokens' memory, and half the time and a little for the exchange; many short documents too."""
+    for documents in ([65536], [1024] * 64):
+        one, two = (predict(documents, LLAMA2_7B, H200, "selective", 0.0, sequence_parallel=n) for n in (1, 2))
+        assert one is not None
+        assert two is not None
+        assert two.peak == pytest.approx(one.peak / 2)
+        assert one.seconds / 2 < two.seconds < 0.6 * one.seconds
+    most = 2**18
+    assert predict([most], LLAMA2_7B, H200, "selective", WEIGHTS_AND_GRADIENTS) is None
+    assert predict([most], LLAMA2_7B, H200, "selective", WEIGHTS_AND_GRADIENTS, sequence_parallel=4)
+
+
+def test_slices_of_gpus_that_run_a_pack_together() -> None:
+    """Two hold twice the tokens of which everything is kept, so half as many slices."""
+    slices = lambda n: predict([1024] * 256, LLAMA2_7B, H200, "budget", WEIGHTS_AND_GRADIENTS, sequence_parallel=n)
+    count = lambda found: int(found.kept.split(", ")[-1].split()[0])
+    assert count(slices(1)) == pytest.approx(2 * count(slices(2)), abs=1)
+
+
 def test_what_does_not_fit_is_said() -> None:
     h100 = gpus.GPUS["H100"]
     assert of([65536], "selective", gpu=h100)

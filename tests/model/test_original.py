@@ -21,7 +21,7 @@ from longalign.model import original
 from longalign.model.load import load_config, load_model, load_tokenizer, tokenizer_hash
 from longalign.schema import Config
 from longalign.train.metrics import read_metrics
-from tests.conftest import conversation, launch_all, longalign, make_original, write_jsonl
+from tests.conftest import conversation, in_process, launch_all, make_original, write_jsonl
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "chatglm_forward" / "golden.npz"
 
@@ -267,7 +267,7 @@ def trainable(tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 def test_tokenize_train_and_ask(tmp_path: Path, cache: Path, trainable: list[str]) -> None:
     """From the original folder to an exported chat model, with ZeRO-3's sharded loading beside the plain one."""
-    done = longalign("tokenize", *trainable, cwd=tmp_path)
+    done = in_process("tokenize", *trainable, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (cache / "glm").exists(), "tokenize needs no weights"
     settings = ["max_steps=2", "save_every=null", "strategy.packs_per_step=2", "lr=1e-3", "cluster.processes=2"]
@@ -299,7 +299,7 @@ def test_tokenize_train_and_ask(tmp_path: Path, cache: Path, trainable: list[str
     theirs = AutoTokenizer.from_pretrained(exported).apply_chat_template(plain, add_generation_prompt=True)
     assert theirs["input_ids"] == before.prompt_ids(plain), "other programs ask with the ids of training"
     # chat with the original folder, whose conversion is there already
-    said = longalign("chat", *trainable, "prompt=what", "max_new_tokens=4", cwd=tmp_path)
+    said = in_process("chat", *trainable, "prompt=what", "max_new_tokens=4", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "converting" not in said.stderr
 

@@ -49,9 +49,9 @@ def odd_data(folder: Path) -> Path:
     return folder
 
 
-def rounded_model(folder: Path) -> Path:
+def rounded_model(folder: Path, **changes: Any) -> Path:
     """The tests' model with weights that bfloat16 can hold, so that a float32 and a bfloat16 run train the same ones."""
-    model = AutoModelForCausalLM.from_pretrained(make_model(folder), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(make_model(folder, **changes), dtype=torch.bfloat16)
     model.float().save_pretrained(folder)
     return folder
 

@@ -23,20 +23,24 @@ from tests.conftest import launch_all
 from tests.train.gradients import FILE, SCALARS, checked_steps
 from tests.train.plain import MAX_LENGTH, SHAPES, odd_data, plain, rounded_model
 
+WORKER = [str(Path(__file__).with_name("gradients.py"))]
 TOLERANCE = 1e-5  # float32 against float64
 STRATEGIES = {
     "naive": ["strategy=naive", "strategy.batch_size=5"],
     "sorted": ["strategy=sorted", "strategy.batch_size=6", "strategy.group_size=3"],
     "packing": ["strategy=packing", "strategy.packs_per_step=5"],
     "packing+weighting": ["strategy=packing+weighting", "strategy.packs_per_step=5"],
+    "balanced": ["strategy=balanced", "strategy.packs_per_step=4", "strategy.strata=2"],
     "token": ["strategy=packing+weighting", "strategy.packs_per_step=5", "strategy.average=token"],
 }
 PROCESSES = (1, 2, 4)
+TOGETHER = (1, 2, 4)  # values of cluster.sequence_parallel; four ranks outnumber the model's two key-value heads
 CPU_BACKENDS = ("sdpa",)  # values of model.attention that run on a CPU
 
 
 class Layout(NamedTuple):
     processes: int
+    sequence_parallel: int
     packs_per_micro_step: int
     zero_stage: int
     strategy: str
@@ -44,13 +48,14 @@ class Layout(NamedTuple):
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        processes, packs, stage, *names = self
-        return "-".join([f"{processes}x{packs}", f"zero{stage}", *names])
+        processes, together, packs, stage, *names = self
+        return "-".join([f"{processes}x{packs}", f"by{together}", f"zero{stage}", *names])
 
     def words(self) -> list[str]:
         return [
             *STRATEGIES[self.strategy],
             f"cluster.processes={self.processes}",
+            f"cluster.sequence_parallel={self.sequence_parallel}",
             f"cluster.packs_per_micro_step={self.packs_per_micro_step}",
             f"cluster.zero_stage={self.zero_stage}",
             f"model.attention={self.backend}",
@@ -58,7 +63,8 @@ class Layout(NamedTuple):
         ]
 
 
-GRID = [Layout(*values) for values in itertools.product(PROCESSES, (1, 2, 4), (0, 1, 2, 3), STRATEGIES, CPU_BACKENDS)]
+FACTORS = (PROCESSES, TOGETHER, (1, 2, 4), (0, 1, 2, 3), STRATEGIES, CPU_BACKENDS)
+GRID = [Layout(*values) for values in itertools.product(*FACTORS) if values[1] <= values[0]]
 
 
 def pairs(layout: Layout) -> set[Any]:
@@ -102,14 +108,22 @@ def of_all_steps(errors: dict[str, float]) -> dict[str, float]:
     return tensors | {name: (sum(values) / len(values)) ** 0.5 for name, values in squares.items()}
 
 
-def check(layouts: Sequence[Layout], config_of: Callable[..., Config], folder: Path) -> None:
+def check(
+    layouts: Sequence[Any],
+    config_of: Callable[..., Config],
+    folder: Path,
+    worker: Sequence[str] = WORKER,
+    more: Sequence[Config] = (),
+) -> None:
     """Run the layouts, which have one number of processes, and hold everything that they yield against the truth.
+
+    more: what the same launch runs beside.
 
     float32: every relative error is at most 1e-5. bfloat16: at most twice that of plain transformers in bfloat16, one
     sample at a time, on torch's own attention (transformers' eager one rounds more and would allow more).
     """
     configs = [config_of(folder, layout) for layout in layouts]
-    assert launch_all(configs, folder, worker=[str(Path(__file__).with_name("gradients.py"))]) == 0
+    assert launch_all([*configs, *more], folder, worker=worker) == 0
     rows: list[tuple[float, float, str]] = []  # relative error, allowed, of what
     for layout, config in zip(layouts, configs, strict=True):
         truth = reference(config, torch.float64, "eager")
@@ -129,6 +143,8 @@ def show(rows: list[tuple[float, float, str]]) -> None:
     """Print how many comparisons there were, and which came closest to what is allowed."""
     for dtype, scalar in itertools.product(("float32", "bfloat16"), (True, False)):
         mine = [row for row in rows if dtype in row[2] and row[2].endswith(SCALARS) == scalar]
+        if not mine:
+            continue
         error, allowed, name = max(mine, key=lambda row: row[0] / row[1])
         kind = "losses and norms" if scalar else "gradients"
         print(f"{len(mine):6} {kind:16} {error:.1e} <= {allowed:.1e} at most, in {name}")
@@ -152,14 +168,16 @@ def test_some_layouts(processes: int, config_of: Callable[..., Config], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.grid
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_all_layouts(processes: int, config_of: Callable[..., Config], tmp_path: Path) -> None:
     check(with_bfloat16(GRID, processes), config_of, tmp_path)
 
 
 def test_the_subset_has_every_pair() -> None:
-    values = {i: {layout[i] for layout in GRID} for i in range(5)}
-    wanted = {((i, a), (j, b)) for i, j in itertools.combinations(values, 2) for a in values[i] for b in values[j]}
+    values = range(len(FACTORS))
+    wanted = {((i, a), (j, b)) for i, j in itertools.combinations(values, 2) for a in FACTORS[i] for b in FACTORS[j]}
+    wanted -= {((0, p), (1, n)) for p in PROCESSES for n in TOGETHER if n > p}
     got = {((i, some[i]), (j, some[j])) for some in covering(GRID) for i, j in itertools.combinations(values, 2)}
     assert got == wanted
     assert len(covering(GRID)) < len(GRID) / 4
@@ -167,7 +185,7 @@ def test_the_subset_has_every_pair() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_plans_hold_the_odd_shapes(strategy: str, config_of: Callable[..., Config], tmp_path: Path) -> None:
-    config, _ = prepare_run(config_of(tmp_path, Layout(1, 1, 1, strategy, "sdpa")), dry_run=False)
+    config, _ = prepare_run(config_of(tmp_path, Layout(1, 1, 1, 1, strategy, "sdpa")), dry_run=False)
     plan = Plan(Path(config.output_dir or "") / "plan", read_data(config.data_dir)[1])
     steps = [plan.step(step) for step in range(1, plan.n_steps + 1)]
     planned = sorted(sample for packs in steps for pack in packs for sample in pack.sample_ids)

@@ -36,7 +36,11 @@ EVAL = [("new", 1100, 9), ("a", 1024, 5), ("a", 17, 16), ("b", 33, 2), ("b", 300
 STEPS = 5
 WORDS = ["strategy=packing", "strategy.packs_per_step=3", "lr=1e-2", "epochs=9", "mix.c.weight=2.5", "keep_last=9"]
 WORDS += [f"max_length={MAX_LENGTH}", f"max_steps={STEPS}", "save_every=null"]
-LAYOUTS = ("one", "zero3")
+LAYOUTS = {
+    "one": ["cluster.processes=1"],
+    "zero3": ["cluster.processes=2", "cluster.zero_stage=3"],
+    "together": ["cluster.processes=2", "cluster.zero_stage=3", "cluster.sequence_parallel=2"],
+}
 
 
 def table(folder: Path, shapes: list[tuple[str, int, int]], seed: int) -> None:
@@ -71,11 +75,11 @@ def make(run_config: Make, data: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, make: Make) -> Path:
-    """Runs of one process and of two under ZeRO-3, each with eval_every=2 and without."""
+    """A run of every layout with eval_every=2, and one without."""
     root = tmp_path_factory.mktemp("runs")
-    layouts = {"one": ["cluster.processes=1", "save_every=2"], "zero3": ["cluster.processes=2", "cluster.zero_stage=3"]}
-    configs = {name: make(root / name, *words, "eval_every=2") for name, words in layouts.items()}
-    configs |= {f"{name}-blind": make(root / f"{name}-blind", *words) for name, words in layouts.items()}
+    saves = {"one": ["save_every=2"]}
+    configs = {n: make(root / n, *words, "eval_every=2", *saves.get(n, [])) for n, words in LAYOUTS.items()}
+    configs |= {f"{name}-blind": make(root / f"{name}-blind", *words) for name, words in LAYOUTS.items()}
     for processes in (1, 2):
         mine = [config for config in configs.values() if config.cluster.processes == processes]
         assert launch_all(mine, root) == 0
@@ -116,10 +120,11 @@ def test_training_rows_by_source_and_length(runs: Path, make: Make, data: Path) 
     assert len(wanted["loss_by_source"]) > 1
     assert len(wanted["loss_by_length"]) == 2
     rows = [read_metrics(runs / name / "metrics.jsonl") for name in LAYOUTS]
-    for one, other in zip(*rows, strict=True):
-        assert_close(other, {key: one[key] for key in wanted}, 1e-4)
-    for first in (rows[0][0], rows[1][0]):
-        assert_close(first, wanted, 1e-5)
+    for one, *others in zip(*rows, strict=True):
+        for other in others:
+            assert_close(other, {key: one[key] for key in wanted}, 1e-4)
+    for row in rows:
+        assert_close(row[0], wanted, 1e-5)
 
 
 @pytest.mark.slow

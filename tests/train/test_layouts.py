@@ -1,4 +1,5 @@
-"""Whole runs: rows of metrics, clipping and updates are the same on 1 and 2 processes and under every ZeRO stage.
+"""Whole runs: rows of metrics, clipping and updates are the same on 1 and 2 processes, under every ZeRO stage and with
+sequence parallelism.
 
 test_gradients.py holds what a step computes, on every layout; this is what training makes of it.
 """
@@ -21,15 +22,16 @@ from tests.conftest import launch_all
 from tests.train.plain import averages, losses_alone
 
 WORDS = ["strategy=packing", "strategy.packs_per_step=3", "max_steps=3", "lr=1e-2", "grad_clip=0.5", "epochs=1"]
-STAGES = (0, 1, 2, 3)
+TWO = {f"zero{stage}": [f"cluster.zero_stage={stage}"] for stage in (0, 1, 2, 3)}
+TWO["together"] = ["cluster.zero_stage=2", "cluster.sequence_parallel=2"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, run_config: Callable[..., Config]) -> Path:
-    """Folders "one" (one process) and zero0 ... zero3 (two)."""
+    """Folders "one" (one process) and those of TWO (two)."""
     root = tmp_path_factory.mktemp("runs")
     words = [*WORDS, "save_every=null"]
-    two = [run_config(root / f"zero{n}", *words, "cluster.processes=2", f"cluster.zero_stage={n}") for n in STAGES]
+    two = [run_config(root / name, *words, "cluster.processes=2", *more) for name, more in TWO.items()]
     assert launch_all([run_config(root / "one", *words)], root) == 0
     assert launch_all(two, root) == 0
     return root
@@ -52,9 +54,9 @@ def test_first_row_is_that_of_plain_transformers(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_layout_changes_nothing(stage: int, runs: Path) -> None:
-    rows = [read_metrics(runs / name / "metrics.jsonl") for name in ("one", f"zero{stage}")]
+@pytest.mark.parametrize("name", TWO)
+def test_layout_changes_nothing(name: str, runs: Path) -> None:
+    rows = [read_metrics(runs / run / "metrics.jsonl") for run in ("one", name)]
     assert len(rows[0]) == len(rows[1]) == 3
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "loss_sequence", "loss_token", "grad_norm"):
@@ -62,7 +64,7 @@ def test_layout_changes_nothing(stage: int, runs: Path) -> None:
         for key in ("step", "lr", "tokens", "targets", "sequences", "packs"):
             assert a[key] == b[key]
     assert rows[0][0]["grad_norm"] > 0.5, "clipping must take part"
-    one, other = (load_file(runs / name / "model" / "model.safetensors") for name in ("one", f"zero{stage}"))
+    one, other = (load_file(runs / run / "model" / "model.safetensors") for run in ("one", name))
     start = load_file(Path(load_frozen(runs / "one" / "config.yaml").model.path) / "model.safetensors")
     assert one.keys() == other.keys() == start.keys()
     for key in start:

@@ -25,7 +25,7 @@ from longalign.verify import run as command
 from longalign.verify.check import Check
 from longalign.verify.data import check_asking, check_plan, check_rows
 from longalign.verify.probe import Probe, _longest, choose
-from tests.conftest import longalign
+from tests.conftest import in_process, longalign
 
 STRATEGY = ["strategy=packing+weighting", "strategy.packs_per_step=3", "epochs=2"]
 
@@ -293,7 +293,7 @@ def test_command_passes_on_two_ranks(base_words: list[str], data_dir: Path, tmp_
 @pytest.mark.slow
 def test_command_fails_and_says_what_to_do(config: Config, base_words: list[str], tmp_path: Path) -> None:
     data = broken_data(config, tmp_path / "data", without_eos)
-    done = longalign("verify", *base_words, f"data_dir={data}", "output_dir=out", *STRATEGY, cwd=tmp_path)
+    done = in_process("verify", *base_words, f"data_dir={data}", "output_dir=out", *STRATEGY, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert [check["name"] for check in report["checks"] if check["passed"] is False] == [
@@ -301,6 +301,6 @@ def test_command_fails_and_says_what_to_do(config: Config, base_words: list[str]
     ]
     assert "would not learn to stop" in done.stderr
     shutil.rmtree(data)
-    missing = longalign("verify", *base_words, f"data_dir={data}", "output_dir=out", cwd=tmp_path)
+    missing = in_process("verify", *base_words, f"data_dir={data}", "output_dir=out", cwd=tmp_path)
     assert missing.returncode == 2
     assert "holds no tokenised data" in missing.stderr

@@ -38,13 +38,14 @@ def prepare(config: Config, model: Local | Endpoint) -> tuple[Dataset, list[Pack
             f"task=heldout needs the model's weights, which model.endpoint={config.model.endpoint} keeps to itself; "
             "set model.endpoint=null and model.path to a folder, or leave the task out"
         )
+    key = "data_dir" if settings.path == config.data_dir else "task.heldout.path"
     config = config.model_copy(update={"data_dir": settings.path})
-    dataset, packs = heldout_packs(config, settings.limit)
+    dataset, packs = heldout_packs(config, settings.limit, key)
     data, template = read_data(config.data_dir)[1], template_settings(config)["template"]
     check_tokenizer(config, data)
     if data["template"] != template:
         warn(
-            f"data_dir={config.data_dir} was tokenised with template={data['template']}, the model asks with "
+            f"{key}={config.data_dir} was tokenised with template={data['template']}, the model asks with "
             f"{template}: the loss is that of a form it may not know"
         )
     return dataset, packs

@@ -1,6 +1,6 @@
 """tokenize against the raw tokenizer and against the dense method of the reference: time and peak memory.
 
-    python bench/tokenize.py [--samples 2000] [--lengths FILE.npz] [--processes 2] [--times 1 10] [--folder DIR]
+    python bench/tokenizing.py [--samples 2000] [--lengths FILE.npz] [--processes 2] [--times 1 10] [--folder DIR]
 
 The samples are generated from a seed. Their lengths are the paper's mix (section 3.3, Figure 3 left): 15 in 17 short,
 log-normal around 800 tokens, at most 8,192, about half of them targets; 2 in 17 spread evenly over 8k to 64k, a few

@@ -1,0 +1,157 @@
+"""Worker processes of one host: environment, start, signals, end; and a run on this host alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longalign.progress import console
+from longalign.schema import Config
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TAIL = 4000  # bytes of a failed rank's log that are shown
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker_environment(
+    config: Config, local_rank: int, port: int, node: int = 0, address: str = "127.0.0.1"
+) -> dict[str, str]:
+    """The variables of torch's env:// rendezvous, and what DeepSpeed and OpenMP need.
+
+    node: number of this host, from 0; address and port: where rank 0 is met.
+    """
+    here = int(config.cluster.processes)
+    made = {
+        "RANK": node * here + local_rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": config.cluster.ranks,
+        "LOCAL_WORLD_SIZE": here,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {**os.environ, **{k: str(v) for k, v in made.items()}, **common_environment(config)}
+
+
+def common_environment(config: Config) -> dict[str, str]:
+    """What every rank needs, however it is started."""
+    cpu = config.cluster.device == "cpu"
+    threads = max(1, (os.cpu_count() or 1) // int(config.cluster.processes))
+    made = {
+        "DS_ACCELERATOR": "cpu" if cpu else "cuda",
+        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cpu:
+        made["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return {**made, **config.cluster.env}
+
+
+def start_worker(
+    command: list[str], environment: dict[str, str], log: Path | None, if_orphaned: signal.Signals
+) -> subprocess.Popen[bytes]:
+    """Start one rank. log: None is the terminal. if_orphaned: the signal it gets if this process dies."""
+
+    def before() -> None:
+        ctypes.CDLL(None).prctl(1, if_orphaned)  # PR_SET_PDEATHSIG; Linux only, as is CUDA training
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait until worker.join can handle them
+
+    file = None if log is None else open(log, "wb")
+    # A session of its own: a terminal's Ctrl-C reaches the workers once, through the launcher.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=file,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+
+
+def end(processes: list[subprocess.Popen[bytes]], grace: float = 5.0) -> None:
+    """End processes that still run: they may sit in a collective that a dead rank will never join."""
+    deadline = time.monotonic() + grace
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def on_stop(handler: Callable[[int], None]) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM call the handler (in a thread of a sweep they stay as they are)."""
+    catch = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in catch}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def tail(log: Path) -> str:
+    """The end of a log."""
+    return log.read_bytes()[-TAIL:].decode(errors="replace").strip("\n")
+
+
+def cause(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def run_workers(command: list[str], config: Config, logs: Path) -> int:
+    """Run one process per rank on this host and wait for all; returns the exit code of the run.
+
+    Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
+    workers to save and stop; a second one kills them. When a rank fails the others are ended and its log is shown.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int) -> None:
+        received.append(number)
+        for worker in workers:
+            worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    with on_stop(forward):
+        port = free_port()
+        try:
+            for rank in range(int(config.cluster.processes)):
+                log = None if rank == 0 else logs / f"rank-{rank}.log"
+                environment = worker_environment(config, rank, port)
+                workers.append(start_worker(command, environment, log, if_orphaned=signal.SIGTERM))
+            failed = None
+            while failed is None and any(worker.poll() is None for worker in workers):
+                time.sleep(0.1)
+                failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
+        finally:
+            end(workers)
+    if received and (failed is None or len(received) > 1):
+        return 128 + received[0]
+    if failed is None:
+        return 0
+    code = workers[failed].returncode
+    if failed:  # rank 0 has written to the terminal already
+        console.print(tail(logs / f"rank-{failed}.log"))
+    if code == 2:
+        return 2
+    console.print(f"rank {failed} failed with {cause(code)}", style="red")
+    return 1
