@@ -108,7 +108,7 @@ def train(config: Config) -> None:
     saver = Saver(config, engine, plan.manifest["identity"], done)
     stopped, began = 0, time.monotonic()
 
-    with Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
+    with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
             packs = plan.step(step)
             lr = learning_rate(step, n_steps, config)
@@ -154,7 +154,6 @@ def train(config: Config) -> None:
             if evaluation and evaluation.is_due(step):
                 evaluation.evaluate(step)
                 began = time.monotonic()
-    saver.finish()
     if metrics:
         metrics.close()
     if stopped and saver.saved < n_steps:
