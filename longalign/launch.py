@@ -258,8 +258,8 @@ def finish(config: Config, start: Callable[[], int]) -> int:
             shutil.rmtree(replaced(run), ignore_errors=True)
         elif replaced(run).is_dir():
             warn(f"the run that this one was to replace is kept in {replaced(run)}")
-    if code == 1:
-        console.print("resume=auto continues from the last checkpoint")
+    if code not in (0, 2):
+        console.print(checkpoint.latest(run))
     return code
 
 

@@ -346,6 +346,7 @@ class Config(Strict):
     eval_tasks: Annotated[list[EvalTask], Field(min_length=1), BeforeValidator(_as_list)]
     keep_last: PositiveInt
     keep_every: PositiveInt | None
+    grace_s: Annotated[float, Field(gt=0)]
     resume: str
     init_from: str | None
     overwrite: bool
