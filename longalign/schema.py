@@ -118,6 +118,37 @@ class Synthetic(Strict):
         return self
 
 
+class Packages(Strict):
+    name: Literal["packages"]
+    path: Annotated[Paths, Field(min_length=1)]
+    min_tokens: Annotated[int, Field(ge=128)]
+    max_tokens: Annotated[int, Field(ge=192)]
+    per_package: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"source.max_tokens of at least source.min_tokens={self.min_tokens}")
+        return self
+
+
+class Text(Strict):
+    name: Literal["text"]
+    documents: str
+    tokens: PositiveInt | None
+
+
+TaskKind = Literal["fact", "facts", "section", "first_last", "counting", "quoting", "multi_hop"]
+
+
+class LongTasks(Strict):
+    name: Literal["long_tasks"]
+    documents: str
+    samples: PositiveInt
+    kinds: Annotated[list[TaskKind], Field(min_length=1)]
+    split: Literal["train", "test"]
+
+
 class Price(Strict):
     input: Annotated[float, Field(ge=0)] | None
     output: Annotated[float, Field(ge=0)] | None
@@ -333,7 +364,9 @@ class Config(Strict):
     datanum: DataNum
     strategy: Strategy
     cluster: Cluster
-    source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
+    source: Annotated[
+        Synthetic | Conversations | SelfInstruct | Packages | Text | LongTasks, Field(discriminator="name")
+    ]
     task: Tasks
     judge: Judge | None
     logger: Loggers
