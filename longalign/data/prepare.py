@@ -28,7 +28,7 @@ def _parts(source: Synthetic, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
 
 def _module(source: Any) -> Any:
     """Of a source that is not synthetic. Imported when needed: most bring torch along, which takes seconds."""
-    names = {
+    names: dict[type, str] = {
         SelfInstruct: "self_instruct.generate",
         Packages: "sources.packages",
         LongTasks: "long_tasks",

@@ -19,6 +19,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -190,12 +191,13 @@ def join(texts: list[str], source: Packages, count: Any, rng: random.Random) -> 
     made: list[tuple[str, int]] = []
     parts: list[str] = []
     have, wanted = 0, rng.randint(source.min_tokens, source.max_tokens)
-    for part, tokens in paragraphs("\n\n\n".join(texts), source.min_tokens // 4, count):
+    longest = source.min_tokens // 16  # of a paragraph, so that lengths are near to those drawn
+    for part, tokens in chain.from_iterable(paragraphs(f"{text}\n\n\n", longest, count) for text in texts):
         if have + tokens > wanted:
             made.append(("".join(parts).strip(), have))
             parts, have, wanted = [], 0, rng.randint(source.min_tokens, source.max_tokens)
-        parts.append(part)
-        have += tokens
         if len(made) == source.per_package:
             return made
+        parts.append(part)
+        have += tokens
     return [*made, ("".join(parts).strip(), have)] if have >= source.min_tokens else made
