@@ -61,12 +61,9 @@ def _review(rng: Rng) -> str:
 
 
 def _message(rng: Rng) -> str:
-    to, sender = rng.sample(words.NAMES, 2)
-    day, hour = (
-        f"{rng.randint(1, 28)} {rng.choice(words.MONTHS)}",
-        f"{rng.randint(8, 20)}:{rng.choice((10, 15, 30, 45))}",
-    )
-    return f'"Hello {to}, let us meet {rng.choice(words.PLACES)} on {day} at {hour}. Bring {rng.choice(words.ITEMS)}! {sender}"'
+    (to, sender), where, bring = rng.sample(words.NAMES, 2), rng.choice(words.PLACES), rng.choice(words.ITEMS)
+    day, hour = f"{rng.randint(1, 28)} {rng.choice(words.MONTHS)}", f"{rng.randint(8, 20)}:{rng.randint(1, 5)}0"
+    return f'"Hello {to}, let us meet {where} on {day} at {hour}. Bring {bring}! {sender}"'
 
 
 def _words(rng: Rng) -> str:
