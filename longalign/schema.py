@@ -149,6 +149,19 @@ class LongTasks(Strict):
     split: Literal["train", "test"]
 
 
+ShortKind = Literal[
+    "rewrite", "summarise", "list", "explain", "arithmetic", "translate", "classify", "code",
+    "compare", "extract", "write", "story", "sort", "advice", "facts",
+]  # fmt: skip
+
+
+class OwnAnswers(Strict):
+    name: Literal["own_answers"]
+    samples: PositiveInt
+    kinds: Annotated[list[ShortKind], Field(min_length=1)]
+    max_new_tokens: PositiveInt
+
+
 class Price(Strict):
     input: Annotated[float, Field(ge=0)] | None
     output: Annotated[float, Field(ge=0)] | None
@@ -365,7 +378,8 @@ class Config(Strict):
     strategy: Strategy
     cluster: Cluster
     source: Annotated[
-        Synthetic | Conversations | SelfInstruct | Packages | Text | LongTasks, Field(discriminator="name")
+        Synthetic | Conversations | SelfInstruct | Packages | Text | LongTasks | OwnAnswers,
+        Field(discriminator="name"),
     ]
     task: Tasks
     judge: Judge | None

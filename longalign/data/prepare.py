@@ -11,7 +11,7 @@ from typing import Any
 from longalign.data.synthetic import base_texts, conversations
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json, write_text
-from longalign.schema import Config, LongTasks, Packages, SelfInstruct, Synthetic, Text
+from longalign.schema import Config, LongTasks, OwnAnswers, Packages, SelfInstruct, Synthetic, Text
 
 
 def _parts(source: Synthetic, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
@@ -33,6 +33,7 @@ def _module(source: Any) -> Any:
         Packages: "sources.packages",
         LongTasks: "long_tasks",
         Text: "texts",
+        OwnAnswers: "own_answers",
     }
     return import_module(f"longalign.data.{names.get(type(source), 'sources.convert')}")
 
