@@ -88,9 +88,10 @@ def worker_command(run: Path) -> list[str]:
 
 
 def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:
-    """What `train` is about to do, as lines of a table; warns if ranks will idle."""
+    """What `train` is about to do, as lines of a table; warns if ranks will idle. Raises UserError for a small disk."""
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
     steps = steps_to_train(manifest["steps"], config)
+    check_disk(config, run, steps, parameters)
     cluster = config.cluster
     chosen = "by the nodes, this machine has no GPU"
     if cluster.device == "cpu" or torch.cuda.is_available():
@@ -150,7 +151,6 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     check_loggers(config)
     data = check_data(config)
     parameters = count_parameters(config)
-    check_disk(config, run, parameters)
     check_memory(config, parameters)
     if start := checkpoint.find(config):
         checkpoint.check(start, identity(config, data))
@@ -165,6 +165,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     if loads_weights(config):
         weights_of(config)  # a conversion happens here, once, and its errors are told before any worker starts
     replaces = config.overwrite and config.resume == "none" and run.is_dir()
+    new = replaces or not run.is_dir()
     if replaces:
         shutil.rmtree(replaced(run), ignore_errors=True)
         run.rename(replaced(run))
@@ -173,8 +174,9 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
         write_text(run / "config.yaml", to_yaml(config))
         return config, describe(config, parameters, manifest, Plan(run / "plan", data), how)
     except BaseException:
-        if replaces:
+        if new:
             shutil.rmtree(run, ignore_errors=True)
+        if replaces:
             replaced(run).rename(run)
         raise
 
@@ -260,10 +262,10 @@ def finish(config: Config, start: Callable[[], int]) -> int:
             shutil.rmtree(replaced(run), ignore_errors=True)
         elif replaced(run).is_dir():
             warn(f"the run that this one was to replace is kept in {replaced(run)}")
-    if code == 1:
-        if told := heartbeat.hung(run / "logs", config.cluster.ranks):
-            console.print(told, soft_wrap=True)
-        console.print("resume=auto continues from the last checkpoint")
+    if code == 1 and (told := heartbeat.hung(run / "logs", config.cluster.ranks)):
+        console.print(told, soft_wrap=True)
+    if code not in (0, 2):
+        console.print(checkpoint.latest(run))
     return code
 
 

@@ -59,14 +59,20 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     return (0.0, (device + on_host) * here) if cluster.device == "cpu" else (device, on_host * here)
 
 
-def check_disk(config: Config, run: Path, parameters: int) -> None:
-    """Raises UserError if the disk cannot hold the checkpoints (preflight=false only warns)."""
+def disk_needs(config: Config, steps: int, parameters: int) -> float:
+    """Bytes of the checkpoints that a run of `steps` keeps, of the one being written, and of the exported model."""
+    saved = (steps - 1) // config.save_every if config.save_every else 0
+    milestones = (steps - 1) // config.keep_every if config.keep_every else 0
+    kept = min(saved, config.keep_last + milestones) + 1
+    weights = torch.finfo(resolve_dtype(config, config.cluster.device)).bits // 8
+    return parameters * (12.0 * kept + weights)
+
+
+def check_disk(config: Config, run: Path, steps: int, parameters: int) -> None:
+    """Raises UserError if the disk cannot hold checkpoints and model (preflight=false only warns)."""
+    stands = sum(file.stat().st_size for file in run.glob("checkpoints/step-*/*"))
     try:
-        saves = config.keep_last if config.save_every else 1
-        if config.save_every and config.max_steps:
-            saves = min(saves, config.max_steps // config.save_every + 1)
-        saves += 1  # the one being written
-        require_disk(run, 12.0 * parameters * saves, "output_dir, or lower keep_last")
+        require_disk(run, disk_needs(config, steps, parameters) - stands, "output_dir, or lower keep_last")
     except UserError as error:
         _refuse(config, str(error))
 

@@ -368,6 +368,7 @@ class Config(Strict):
     keep_every: PositiveInt | None
     max_bad_steps: PositiveInt
     hang_timeout_s: Annotated[float, Field(gt=0)] | None
+    grace_s: Annotated[float, Field(gt=0)]
     resume: str
     init_from: str | None
     overwrite: bool
@@ -395,3 +396,11 @@ class Config(Strict):
     reverse: bool
 
     output_dir: str | None
+
+    @field_validator("keep_every")
+    @classmethod
+    def _is_saved(cls, keep_every: int | None, info: ValidationInfo) -> int | None:
+        save_every = info.data.get("save_every")
+        if keep_every and (not save_every or keep_every % save_every):
+            raise ValueError(f"a multiple of save_every={save_every or 'null, which must then be a number'}")
+        return keep_every

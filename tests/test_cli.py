@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,7 +90,9 @@ def test_warnings_of_what_is_allowed_but_doubtful(tmp_path: Path, base_words: li
     assert beyond.returncode == few.returncode == 0
 
 
-def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_dir: Path) -> None:
+def test_refusals_before_training(
+    tmp_path: Path, base_words: list[str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [*base_words, f"data_dir={data_dir}"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -102,14 +106,16 @@ def test_refusals_before_training(tmp_path: Path, base_words: list[str], data_di
     done = in_process("train", *words, "output_dir=run", *huge, "save_every=null", cwd=tmp_path)
     assert done.returncode == 2
     assert "preflight=false" in done.stderr
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    done = in_process("train", *words, "output_dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "its disk has 1000 B free; change output_dir, or lower keep_last (preflight=false" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
 def test_a_model_that_lacks_weights_is_refused_and_the_old_run_kept(
     tmp_path: Path, base_words: list[str], data_dir: Path, model_dir: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"

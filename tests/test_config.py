@@ -119,6 +119,7 @@ def test_sweep_lists_are_not_quoted() -> None:
         ("lr=abc", "lr='abc' is not allowed: it should be a valid number"),
         ("lr=", "lr='' is not allowed"),
         ("lr", "expected key=value, got 'lr'"),
+        ("keep_every=300", "keep_every=300 is not allowed: it should be a multiple of save_every=200"),
         ("epochs=0", "epochs=0 is not allowed: it should be greater than 0"),
         ("max_length=3.5", "max_length=3.5 is not allowed: it should be a valid integer"),
         ("betas=[1]", "betas=[1] is not allowed"),

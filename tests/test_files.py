@@ -11,7 +11,7 @@ import pytest
 
 from longalign.errors import UserError
 from longalign.files import fresh_folder, human, require_disk, write_text
-from longalign.preflight import memory_needs
+from longalign.preflight import disk_needs, memory_needs
 from longalign.schema import Config
 
 
@@ -62,6 +62,18 @@ def test_memory_of_the_papers_run(tmp_path: Path, run_config: Callable[..., Conf
     assert host == pytest.approx(7e9 * 12)
     config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_optimizer=false", "cluster.zero_stage=0")
     assert memory_needs(config, 7_000_000_000) == (pytest.approx(7e9 * 18), 0)
+
+
+def test_disk_that_a_run_needs(tmp_path: Path, run_config: Callable[..., Config]) -> None:
+    """12 bytes a parameter a checkpoint, one more than are kept while it is written, and float32 weights at the end."""
+
+    def needs(steps: int, *words: str) -> float:
+        return disk_needs(run_config(tmp_path, *words), steps, 1_000_000) / 1_000_000
+
+    assert needs(100, "save_every=5", "keep_last=3") == 12 * 4 + 4
+    assert needs(12, "save_every=5", "keep_last=3") == 12 * 3 + 4  # 5, 10, and where it may be interrupted
+    assert needs(100, "save_every=5", "keep_last=3", "keep_every=20") == 12 * (3 + 4 + 1) + 4  # and 20 to 80
+    assert needs(100, "save_every=null") == 12 + 4
 
 
 def test_too_little_memory_is_refused_or_only_warned_of(

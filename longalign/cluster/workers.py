@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longalign.progress import console
+from longalign.progress import console, warn
 from longalign.schema import Config
 from longalign.train.heartbeat import DUMP
 
@@ -135,16 +136,21 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
     """Run one process per rank on this host and wait for all; returns the exit code of the run.
 
     Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
-    workers to save and stop; a second one kills them. When a rank fails the others are ended and its log is shown.
+    workers to save and stop; a second one kills them, and so does 0.9 of grace_s after a SIGTERM, whose sender is about
+    to kill everything. When a rank fails the others are ended and its log is shown.
     """
     logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
     workers: list[subprocess.Popen[bytes]] = []
+    deadline = math.inf
 
     def forward(number: int) -> None:
+        nonlocal deadline
         received.append(number)
         for worker in workers:
             worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+        if number == signal.SIGTERM:
+            deadline = min(deadline, time.monotonic() + 0.9 * config.grace_s)
 
     with on_stop(forward):
         port = free_port()
@@ -161,8 +167,12 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                     console.print(stopping(config))
                     told = True
                 failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
+                if time.monotonic() > deadline:
+                    warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
+                    received.append(signal.SIGKILL)
+                    break
         finally:
-            end(workers, dump=True)
+            end(workers, grace=5.0 if len(received) < 2 else 0.0, dump=not received)
     if received and (failed is None or len(received) > 1):
         return 128 + received[0]
     if failed is None:

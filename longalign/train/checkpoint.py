@@ -9,6 +9,8 @@ goes on from them.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch.distributed as dist
 import xxhash
 
 from longalign.errors import UserError
-from longalign.files import read_json
+from longalign.files import read_json, write_json
 from longalign.progress import warn
 from longalign.schema import Config
 from longalign.train import state
@@ -41,6 +43,37 @@ def complete(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if (p / RECORD).is_file()), key=step_of)
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_json(folder / RECORD, {**record, "checksum": _of_record(record)})
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError if it is not what was written."""
+    record = read_json(checkpoint / RECORD)
+    if not isinstance(record, dict) or record.pop("checksum", None) != _of_record(record):
+        raise ValueError(f"{RECORD} does not have the checksum it was written with")
+    return record
+
+
+def _of_record(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, by another name first: half of one must not look whole."""
+    partial = checkpoint.with_name(f".{checkpoint.name}.partial")
+    checkpoint.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def latest(run: Path) -> str:
+    """What a stopped run can go on from, in words."""
+    found = complete(run / "checkpoints")
+    if not found:
+        return "no checkpoint was written yet; resume=auto starts anew"
+    return f"the checkpoint of step {step_of(found[-1])} stands; resume=auto continues from it"
+
+
 def abandon_after(folder: Path, step: int) -> None:
     """Rename checkpoints beyond the one resumed from: they belong to a course of training that was left."""
     dist.barrier()  # all ranks have chosen their checkpoint among the names that stand here now
@@ -56,9 +89,12 @@ def abandon_after(folder: Path, step: int) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's names and sizes, None if nothing."""
     try:
-        files = read_json(checkpoint / RECORD)["files"]
-    except (ValueError, KeyError):
-        return f"{RECORD} is cut short"
+        record = read_json(checkpoint / RECORD)
+        if record.get("layout") != LAYOUT:
+            return None  # `check` tells more
+        files = read_record(checkpoint)["files"]
+    except (ValueError, KeyError, AttributeError) as error:
+        return str(error) if RECORD in str(error) else f"{RECORD} is cut short"
     for file, size in files.items():
         path = checkpoint / file
         if not path.is_file():

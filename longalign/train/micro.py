@@ -53,8 +53,10 @@ def micro_steps(
         if breakdown:
             weights = torch.cat([weights, breakdown.weights(batch, ids, counts)], dim=1)
         weights = weights * bool(mine)
-        slices = cut(batch, weights, slice_tokens * together) if slice_tokens else [(batch, weights)]
-        slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
+        slices = [(batch, weights)]
+        if slice_tokens:  # the same number on every rank
+            slices = cut(batch, weights, slice_tokens * together)
+            slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
         for count, whole in enumerate(slices, start=1):
             piece, its_weights = share(*whole, place, together)
             is_last = number == len(dealt) and count == len(slices)

@@ -27,11 +27,26 @@ from longalign.model.offload import Host
 from longalign.progress import warn
 from longalign.schema import Config
 from longalign.train import state
-from longalign.train.checkpoint import LAYOUT, RECORD, complete, name, step_of
+from longalign.train.checkpoint import LAYOUT, complete, name, remove, step_of, write_record
+
+AFTER_ERROR_S = 20.0
+
+
+def flush_names(folder: Path) -> None:
+    """Let the names in a folder outlive a loss of power, as fsync does for a file's content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Saver:
-    """Of one run. plan: its plan's identity, which a resumed run must have in common with this one."""
+    """Of one run. plan: its plan's identity, which a resumed run must have in common with this one.
+
+    Leaving a `with` block waits for what is being written: to its end, or after an error for 20 s at most, since the
+    part of a rank that was lost never comes.
+    """
 
     def __init__(self, config: Config, engine: Any, plan: dict[str, Any], saved: int = 0):
         assert config.output_dir is not None
@@ -39,6 +54,7 @@ class Saver:
         self.saved = saved  # the last step whose checkpoint stands
         self.host = Host()
         self.thread: threading.Thread | None = None
+        self.writing: Path | None = None  # which is there once all ranks have written
         self.error: BaseException | None = None
         if dist.get_rank() == 0:
             for left in self.folder.glob(".step-*.partial"):  # by a killed run
@@ -73,6 +89,7 @@ class Saver:
             self.finish()
             return
         copy = self._copy(owned, floats)
+        self.writing = self.folder / name(step)
         self.thread = threading.Thread(target=self._write, args=(partial, index, copy.split(2**24), about), daemon=True)
         self.thread.start()
 
@@ -81,21 +98,23 @@ class Saver:
         if self.error:
             raise self.error
 
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.finish()
+            return
+        deadline = time.monotonic() + AFTER_ERROR_S
+        while self.writing and not self.error and not self.writing.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def finish(self) -> None:
         """Wait until the last save stands. Raises UserError if it could not be written."""
         if self.thread:
             self.thread.join()
             self.thread = None
         self.poll()
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.finish()
-        elif self.thread:  # an error ends the run: what is being written shall stand, unless a rank is gone
-            self.thread.join(timeout=60)
 
     def _copy(self, owned: list[state.Piece], floats: int) -> torch.Tensor:
         like = owned[0].flat if owned else torch.empty(0)
@@ -137,11 +156,13 @@ class Saver:
                 return False
             time.sleep(0.05)
         files = {f.name: f.stat().st_size for f in sorted(partial.glob("rank-*"))}
-        write_json(partial / RECORD, {**about, "files": files})
+        write_record(partial, {**about, "files": files})
+        flush_names(partial)
         final = self.folder / name(about["step"])
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        flush_names(self.folder)
         milestone = lambda path: self.config.keep_every and step_of(path) % self.config.keep_every == 0
         for old in [path for path in complete(self.folder) if not milestone(path)][: -self.config.keep_last]:
-            shutil.rmtree(old)
+            remove(old)
         return True

@@ -43,7 +43,8 @@ def pieces(engine: Any) -> Iterator[Piece]:
                 continue
             start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
             stop = start + mapping.lp_fragment_address.numel
-            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            # Stage 1 in bfloat16 is another class than the rest, with other names; both leave one tensor to a group.
+            flat = _adam(engine).param_groups[mapping.param_group_index]["params"][0]
         else:
             start, stop, flat, at = 0, parameter.numel(), parameter, 0
         if stop > start:

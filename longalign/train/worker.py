@@ -107,6 +107,24 @@ def train(config: Config) -> None:
         heartbeat.end("finished" if train_all(config, heartbeat) else "stopped")
 
 
+def take_up(config: Config, engine: Any, plan: Plan) -> int:
+    """Load the checkpoint that `resume` means, if there is one; returns the steps that are done."""
+    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    if start is None:
+        return 0
+    done = checkpoint.check(start, plan.manifest["identity"])
+    checkpoint.load(engine, start)
+    checkpoint.abandon_after(Path(config.output_dir or "") / "checkpoints", done)
+    return done
+
+
+def over_ranks(shares: torch.Tensor) -> list[float]:
+    """Whether any rank was told to stop, so that all stop after this very step; then the sums of their shares."""
+    summed = torch.cat([torch.tensor([float(bool(_signal))], device=shares.device), shares.double()])
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
 def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     """Whether all steps are done and the model is written. Raises TooManyBadSteps, with a checkpoint written."""
     assert config.output_dir is not None
@@ -115,11 +133,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
     engine = build_engine(config, dist.get_world_size())
-    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
-    done = checkpoint.check(start, plan.manifest["identity"]) if start else 0
-    if start:
-        checkpoint.load(engine, start)
-        checkpoint.abandon_after(run / "checkpoints", done)
+    done = take_up(config, engine, plan)
     journal = Journal(config, done, writes=rank == 0)
     trace, bad_steps = Trace(engine.device, heartbeat), BadSteps(config, dataset, journal, done)
     evaluation = Evaluation(config, engine, journal, n_steps, done) if config.eval_every else None
@@ -127,7 +141,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
         with heartbeat.unwatched("evaluation"):
             evaluation.evaluate(done)
     saver = Saver(config, engine, plan.manifest["identity"], done)
-    stopped, began = 0, time.monotonic()
+    stopped, began = 0.0, time.monotonic()
 
     with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
@@ -137,10 +151,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             trace.begin(step)
             shares = train_step(engine, dataset, packs, config, breakdown, trace)
             trace.enter("sync")
-            # Sum the shares over ranks, and let all ranks agree on stopping after this very step.
-            summed = torch.cat([torch.tensor([float(bool(_signal))], device=shares.device), shares.double()])
-            dist.all_reduce(summed)
-            stop, loss, loss_sequence, loss_token, *by_group = summed.tolist()
+            stopped, loss, loss_sequence, loss_token, *by_group = over_ranks(shares)
             seconds, began = time.monotonic() - began, time.monotonic()
             grad_norm = float(engine.get_global_grad_norm())
             tokens = sum(p.tokens for p in packs)
@@ -165,7 +176,6 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             }
             journal.write("metrics", row)
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
-            stopped = int(stop)
             saver.poll()
             if bad_steps.too_many:  # the weights are still those of the last good step
                 with heartbeat.unwatched("checkpoint"):
@@ -190,7 +200,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     journal.close()
     if stopped and saver.saved < n_steps:
         if rank == 0:
-            print(f"stopped after step {saver.saved}; resume=auto continues from {run}/checkpoints", file=sys.stderr)
+            print(f"stopped after step {saver.saved}, which {run}/checkpoints holds", file=sys.stderr)
         return False
     with heartbeat.unwatched("export"):
         export(engine, config, run / "model")

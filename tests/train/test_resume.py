@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,9 +105,9 @@ def stop(process: subprocess.Popen[str], number: int, code: int, folder: Path) -
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
-    assert "resume=auto continues" in said
     assert "stopping: the step in progress is finished and saved; killed before that" in said
     steps = len(read_metrics(folder / "run" / "metrics.jsonl"))
+    assert f"the checkpoint of step {steps} stands; resume=auto continues from it" in said
     assert steps < STEPS
     assert (folder / "run" / "checkpoints" / f"step-{steps:06d}").is_dir(), "the very last step was saved"
     assert not (folder / "run" / "model").exists()
@@ -154,6 +155,42 @@ def test_twenty_kills(seed: int, tmp_path: Path, words: list[str], whole: Path) 
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
+def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
+    tmp_path: Path, words: list[str], run_config: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """watched.py's way: a worker whose steps from the 7th on take 20 s, and a SIGTERM with 2 s of grace."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys, time\n"
+        "from longalign.train import worker\n"
+        "made, step = [], worker.train_step\n"
+        "def slowly(*given):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 7:\n"
+        "        time.sleep(20)\n"
+        "    return step(*given)\n"
+        "worker.train_step = slowly\n"
+        "sys.exit(worker.main(sys.argv[1:]))\n"
+    )
+    config, sent = run_config(tmp_path / "run", *words, "grace_s=2"), []
+
+    def terminate() -> None:
+        wait_for_step(tmp_path / "run", 6)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    code = launch.finish(config, lambda: launch_all([config], tmp_path, worker=[str(slow)]))
+    thread.join()
+    assert code == 143
+    assert time.monotonic() - sent[0] < 5
+    said = capfd.readouterr().err
+    assert "was not finished and saved within grace_s=2" in said
+    assert "the checkpoint of step 5 stands; resume=auto continues from it" in said
+
+
 def flip(path: Path) -> None:
     """Change one bit in the middle."""
     with open(path, "r+b") as file:
@@ -192,6 +229,9 @@ def test_damaged_checkpoints_are_skipped_and_refused(
     victim = newest / "rank-00001.bin"
     os.truncate(victim, victim.stat().st_size // 2)
     assert "is damaged: rank-00001.bin has" in refused(f"resume={newest}")
+    (newest / "checkpoint.json").write_text(whole_record.replace('"step": 20', '"step": 21'))
+    assert "checkpoint.json does not have the checksum" in refused(f"resume={newest}")
+    (newest / "checkpoint.json").write_text(whole_record)
     assert checkpoint.bit_damage(flipped, 0, 1) is None
     flip(flipped / "rank-00000.bin")
     assert checkpoint.bit_damage(flipped, 1, 2) is None, "the other rank's share"
