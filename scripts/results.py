@@ -110,13 +110,11 @@ def model_stages(longalign: Longalign) -> Iterator[Stage]:
 
 def wheel_stages() -> Iterator[Stage]:
     for part in (TRAIN, TEST):
-        wheels = part / "wheels"
-        packages = ["--dest", str(wheels), "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *packages]
+        to = ["--dest", f"{part}/wheels", "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
         mark = part / "wheels.done"  # pip fetches one by one
-        yield Stage(
-            f"wheels:{part.name}", mark, lambda d=download, m=mark: ["sh", "-c", f"{shlex.join(d)} && touch {m}"]
-        )
+        download = shlex.join([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *to])
+        command = ["sh", "-c", f"{download} && touch {mark}"]
+        yield Stage(f"wheels:{part.name}", instead(mark, part / "documents.json"), lambda command=command: command)
 
 
 def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:

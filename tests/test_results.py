@@ -164,6 +164,20 @@ def test_rows_are_given_the_steps_of_packing(tmp_path: Path, monkeypatch: pytest
     assert results.same_steps("full", "balanced") == []
 
 
+def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network, to which the documents and the model were brought."""
+    monkeypatch.chdir(tmp_path)
+    stages = lambda: [*results.model_stages(results.Longalign({})), *results.wheel_stages()]
+    assert [stage.done.exists() for stage in stages()] == [False] * 5
+    for file in (
+        "models/smollm2-135m/config.json",
+        *(f"data/smollm2/{part}/documents.json" for part in ("train", "test")),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert [stage.done.exists() for stage in stages()] == [True] * 5
+
+
 def test_numbers_are_shortened() -> None:
     assert results_collect.short({"a": [1.23456789, 65536, None, "1.23456789"]}) == {
         "a": [1.2346, 65536, None, "1.23456789"]
