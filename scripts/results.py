@@ -110,28 +110,27 @@ def model_stages(longalign: Longalign) -> Iterator[Stage]:
 
 def wheel_stages() -> Iterator[Stage]:
     for part in (TRAIN, TEST):
-        wheels = part / "wheels"
-        packages = ["--dest", str(wheels), "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *packages]
+        to = ["--dest", f"{part}/wheels", "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
         mark = part / "wheels.done"  # pip fetches one by one
-        yield Stage(
-            f"wheels:{part.name}", mark, lambda d=download, m=mark: ["sh", "-c", f"{shlex.join(d)} && touch {m}"]
-        )
+        download = shlex.join([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *to])
+        command = ["sh", "-c", f"{download} && touch {mark}"]
+        yield Stage(f"wheels:{part.name}", instead(mark, part / "documents.json"), lambda command=command: command)
 
 
 def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
     def prepare(name: str, done: Path, source: str, *words: str) -> Stage:
-        command = longalign.prepare(source, *words, f"output_dir={done.parent}")
+        command = longalign.prepare(source, f"model.path={model}", *words, f"output_dir={done.parent}")
         return Stage(name, done, lambda: command)
 
-    for part in (TRAIN, TEST):
-        documents = part / "documents"
-        wheels = f"source.path={part}/wheels/*.whl"
-        yield prepare(f"documents:{part.name}", documents / "documents.json", "packages", wheels)
-        yield prepare(f"long:{part.name}", part / "long.jsonl", "long_tasks", f"source.documents={documents}")
-    yield prepare("text", TRAIN / "text.jsonl", "text", f"source.documents={TRAIN}/documents")
+    for part, samples in ((TRAIN, 300), (TEST, 70)):
+        split, documents = part.name, f"source.documents={part}/documents"
+        yield prepare(f"documents:{split}", part / "documents.json", "packages", f"source.path={part}/wheels/*.whl")
+        asked = (documents, f"source.samples={samples}", f"source.split={split}")
+        yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
+    text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
+    yield prepare("text", TRAIN / "text.jsonl", "text", *text)
     for part, seed in ((TRAIN, 1), (TEST, 2)):
-        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", f"model.path={model}", f"seed={seed}")
+        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", f"seed={seed}")
 
 
 def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:

@@ -87,6 +87,17 @@ def record(run: Path) -> dict[str, Any]:
     return found
 
 
+def packages_of(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each package: what its documents come to."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in documents:
+        about = {key: row[key] for key in ("name", "version", "licence")}
+        package = found.setdefault(row["name"], {**about, "documents": 0, "tokens": 0})
+        package["documents"] += 1
+        package["tokens"] += row["tokens"]
+    return list(found.values())
+
+
 def collect(runs: Path, data: Path, output: Path) -> None:
     """Write what this machine has; files of runs that are elsewhere stay as they are."""
     folders = {file.parent for file in runs.rglob("stages.jsonl")}
@@ -97,8 +108,8 @@ def collect(runs: Path, data: Path, output: Path) -> None:
         tables = {name: {key: read(file)[key] for key in told} for name, file in manifests.items()}
         held = data / "tokens/heldout/eval/manifest.json"
         tables |= {"heldout": {key: read(held)[key] for key in told}} if held.is_file() else {}
-        documents = {file.parts[-3]: read(file) for file in data.glob("*/documents/documents.json")}
-        found["data"] = {"stages": rows_of(data / "stages.jsonl"), "tables": tables, "documents": documents}
+        packages = {file.parent.name: packages_of(read(file)["documents"]) for file in data.glob("*/documents.json")}
+        found["data"] = {"stages": rows_of(data / "stages.jsonl"), "tables": tables, "packages": packages}
     output.mkdir(parents=True, exist_ok=True)
     for name, value in found.items():
         text = json.dumps(short(value), ensure_ascii=False, separators=(",", ":"))

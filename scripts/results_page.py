@@ -201,7 +201,11 @@ def data(record: Record) -> str:
         return ABSENT
     row = lambda t: [f"{t[key]:,}" for key in ("samples", "long_samples", "tokens", "targets", "longest")]
     head = ["", "samples", "long", "tokens", "targets", "longest"]
-    return markdown(head, [[name, *row(table)] for name, table in tables.items()])
+    told = markdown(head, [[name, *row(tables[name])] for name in sorted(tables)])
+    for part, packages in record["packages"].items():
+        listed = (f"{p['name']} {p['version']} ({p['licence']}; {p['documents']:,}, {p['tokens']:,})" for p in packages)
+        told += f"\n\nPackages of {part} (licence; documents, tokens): {', '.join(listed)}."
+    return told
 
 
 # -- pictures ------------------------------------------------------------------------------------------------

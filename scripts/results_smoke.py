@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 WORDS = {  # behind the words of a command, or of `prepare source=`; "model" behind all that are no `prepare`
-    "packages": ["source.min_tokens=200", "source.max_tokens=900", "model=tiny"],
-    "long_tasks": ["source.samples=16", "model=tiny", "source.min_tokens=200", "source.max_tokens=900"],
+    "packages": ["source.min_tokens=200", "source.max_tokens=1500", "model=tiny"],
+    "long_tasks": ["source.samples=14", "model=tiny"],
     "text": ["model=tiny"],
     "own_answers": ["model=tiny", "cluster=cpu", "source.samples=24", "source.max_new_tokens=16"],
     "model": ["model=tiny", "cluster=cpu", "max_length=2560"],

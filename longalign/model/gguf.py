@@ -42,8 +42,8 @@ def to_folder(file: Path, output: Path, dtype: torch.dtype, overwrite: bool) -> 
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )
-    plain = type(model)(config).to(dtype)  # a model that was read from GGUF refuses to be saved
-    plain.load_state_dict(model.state_dict())
+    plain: Any = type(model)(config)  # a model that was read from GGUF refuses to be saved
+    plain.to(dtype).load_state_dict(model.state_dict())
     require_disk(output, sum(p.numel() * p.element_size() for p in plain.parameters()), "output_dir")
     with disk_errors(output, "output_dir"), fresh_folder(output, ("*",), overwrite) as folder:
         plain.save_pretrained(folder)

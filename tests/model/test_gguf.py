@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,10 +182,9 @@ def test_what_is_no_gguf_is_told(tmp_path: Path) -> None:
 
 
 def test_preset_says_how_to_get_it(tmp_path: Path) -> None:
-    """Where its folder is missing, the message holds the commands that make it, and every command refuses alike."""
+    """Where its folder is missing, the message holds the commands that make it."""
     config = compose_config("eval", ["model=smollm2-135m"])
-    command = [sys.executable, "-m", "longalign.cli", "chat", "model=smollm2-135m", "cluster=cpu", "prompt=hi"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = in_process("chat", "model=smollm2-135m", "cluster=cpu", "prompt=hi", cwd=tmp_path)
     assert done.returncode == 2
     said = " ".join((done.stdout + done.stderr).split())
     assert config.model.path in said
