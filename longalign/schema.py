@@ -145,6 +145,7 @@ class LongTasks(Strict):
     name: Literal["long_tasks"]
     documents: str
     samples: PositiveInt
+    turns: PositiveInt
     kinds: Annotated[list[TaskKind], Field(min_length=1)]
     split: Literal["train", "test"]
 

@@ -124,13 +124,15 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
 
     for part, samples in ((TRAIN, 300), (TEST, 70)):
         split, documents = part.name, f"source.documents={part}/documents"
-        yield prepare(f"documents:{split}", part / "documents.json", "packages", f"source.path={part}/wheels/*.whl")
+        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40")  # some are very large
+        yield prepare(f"documents:{split}", part / "documents.json", "packages", *wheels)
         asked = (documents, f"source.samples={samples}", f"source.split={split}")
         yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
     yield prepare("text", TRAIN / "text.jsonl", "text", *text)
-    for part, seed in ((TRAIN, 1), (TEST, 2)):
-        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", f"seed={seed}")
+    for part, seed, samples in ((TRAIN, 1, 2000), (TEST, 2, 250)):
+        asked = (f"seed={seed}", f"source.samples={samples}")
+        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", *asked)
 
 
 def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:

@@ -10,7 +10,7 @@ WORDS = {  # behind the words of a command, or of `prepare source=`; "model" beh
     "packages": ["source.min_tokens=200", "source.max_tokens=1500", "model=tiny"],
     "long_tasks": ["source.samples=14", "model=tiny"],
     "text": ["model=tiny"],
-    "own_answers": ["model=tiny", "cluster=cpu", "source.samples=24", "source.max_new_tokens=16"],
+    "own_answers": ["model=tiny", "cluster=cpu", "source.samples=48", "source.max_new_tokens=64"],
     "model": ["model=tiny", "cluster=cpu", "max_length=2560"],
     "train": ["activations=none", "lr=1e-3"],
     "eval": [

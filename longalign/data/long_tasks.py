@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from longalign.data.documents import Unreadable, find_documents, read_document
 from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, OBJECTS, Split, split_of
 from longalign.errors import UserError
 from longalign.files import disk_errors, versions, whole_file, write_json
-from longalign.progress import Bar, warn
+from longalign.progress import Bar
 from longalign.schema import Config, LongTasks
 
 WORDS = ("password", "nickname", "motto", "signal", "symbol", "secret", "favourite thing", "hiding place")
@@ -35,7 +35,7 @@ FORMS = ("The {about} is {value}.", "{value} is the {about}.", "Note that the {a
 OTHERS = 4  # facts in a document that no question asks for
 HEADINGS = (5, 12)  # at least and at most
 TIMES = (2, 5)  # that a fact or an event is stated
-QUOTED = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?\n\"`]{50,220}[.!?](?=\s)")  # a sentence of the document
+QUOTED = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?\"`]{50,220}[.!?](?=\s)")  # a sentence of the document
 
 Hidden = list[str]  # sentences in the order in which they stand
 
@@ -200,33 +200,46 @@ def with_headings(text: str, names: Iterator[str], rng: random.Random) -> tuple[
 
 def a_quotation(text: str, rng: random.Random) -> Task | None:
     """None if the document has no sentence whose first six words are its alone."""
-    found = QUOTED.findall(text)
+    flat = " ".join(text.split())  # lines are joined
+    found = QUOTED.findall(flat)
     rng.shuffle(found)
     for sentence in found:
         start = " ".join(sentence.split()[:6])
-        if text.count(start) == 1 and len(sentence.split()) > 9:
+        if flat.count(start) == 1 and len(sentence.split()) > 9:
             return Task([], f'Quote the sentence of the text that begins with "{start}".', sentence, sentence)
     return None
 
 
-def conversation(text: str, kind: str, split: Split, rng: random.Random) -> dict[str, Any] | None:
-    """A question about the document and its answer; None if the document does not allow this kind."""
+def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Random) -> dict[str, Any] | None:
+    """Questions of these kinds about the document, one after the other, and their answers; None if it allows none.
+
+    Kinds that it does not allow are left out.
+    """
     names = owners(split, rng)
-    task: Task | None
-    if kind == "section":
-        text, task = with_headings(text, names, rng)
-    elif kind == "quoting":
-        task = a_quotation(text, rng)
-    else:
-        task = HIDING[kind](names, rng)
-    if task is None:
+    tasks: list[tuple[str, Task]] = []
+    for kind in sorted(kinds, key=lambda kind: kind != "quoting"):  # quoted is what stood there before
+        task: Task | None
+        if kind == "section":
+            text, task = with_headings(text, names, rng)
+        elif kind == "quoting":
+            task = a_quotation(text, rng)
+        else:
+            task = HIDING[kind](names, rng)
+        if task:
+            text = put_in(text, task.hidden, rng)
+            tasks.append((kind, task))
+    if not tasks:
         return None
-    question, answer = task.question, task.answer
-    if kind != "quoting" and rng.random() < 0.5:
-        question, answer = f"{question} Reply with the answer alone.", task.short
+    rng.shuffle(tasks)
     before = rng.choice(["", "", "Read the following text; you will be asked about it.\n\n"])
-    asked = f"{before}{put_in(text, task.hidden, rng)}\n\n{question}"
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], "kind": kind}
+    messages: list[dict[str, str]] = []
+    for kind, task in tasks:
+        question, answer = task.question, task.answer
+        if kind != "quoting" and rng.random() < 0.5:
+            question, answer = f"{question} Reply with the answer alone.", task.short
+        asked = question if messages else f"{before}{text}\n\n{question}"
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "kinds": [kind for kind, _ in tasks]}
 
 
 # -- the source ----------------------------------------------------------------------------------------------
@@ -265,19 +278,14 @@ def prepare(config: Config, source: LongTasks) -> list[str]:
         with whole_file(path) as out, Bar("prepare", source.samples, "conversations") as bar:
             for number in range(source.samples):
                 file = files[number % len(files)]
-                sample = None
-                for turn in range(len(source.kinds)):
-                    kind = source.kinds[(number + turn) % len(source.kinds)]
-                    try:
-                        sample = conversation(read_document(file), kind, source.split, rng)
-                    except Unreadable as error:
-                        raise UserError(f"source.documents: {file}: {error}") from None
-                    if sample:
-                        break
-                    warn(f"{file} has no sentence to ask for: {kind} is left to another document")
+                wanted = [source.kinds[(number + turn) % len(source.kinds)] for turn in range(source.turns)]
+                try:
+                    sample = conversation(read_document(file), wanted, source.split, rng)
+                except Unreadable as error:
+                    raise UserError(f"source.documents: {file}: {error}") from None
                 if sample is None:
-                    raise UserError(f"source.documents: {file} allows none of source.kinds={source.kinds}")
-                kinds[sample["kind"]] += 1
+                    raise UserError(f"source.documents: {file} has no sentence to quote; give more source.kinds")
+                kinds.update(sample["kinds"])
                 sample |= {"id": f"{source.split}-{config.seed}-{number:05d}", "document": file.name}
                 out.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 bar.advance(1)

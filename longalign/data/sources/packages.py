@@ -152,6 +152,7 @@ def text_of(file: str, data: bytes, seen: set[str]) -> tuple[str, str | None]:
         text = docstrings(file, decode(data)) if file.endswith(".py") else decode(data).replace("\r\n", "\n").strip()
     except (Unreadable, SyntaxError, ValueError, RecursionError):
         return "", "unreadable"
+    text = text.replace("\0", "")
     if len(text) < LEAST:
         return "", "short"
     if sum(c.isalpha() or c == " " for c in text) < WORDS * len(text):
