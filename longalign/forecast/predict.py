@@ -85,6 +85,7 @@ def predict(
     if policy == "none" or (policy == "budget" and tokens <= limit):
         again, peak, kept = 0.0, tokens * size.whole, "everything"
     elif policy == "budget":
+        on_host = on_host and selective + layers * tokens * size.matmuls > room
         base = tokens * size.passing + two_layers if on_host else selective
         whole_layers = int(np.clip((room - base) / (tokens * size.matmuls), 0, layers))
         again, peak = 1 - whole_layers / layers, base + whole_layers * tokens * size.matmuls
