@@ -10,8 +10,8 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     offload     as selective, in host memory         0                  as selective; long MLPs run in tiles
 
 With budget, if the device cannot hold it for all layers, layer inputs and attention outputs stand in host memory (where
-that has room for all of them), for the sake of more matmuls' outputs. With offload, attention outputs of the layers for
-which it has no room are computed again.
+that has room for all of them), for the sake of more matmuls' outputs. With offload, attention outputs for which host
+memory has no room are computed again, and layer inputs for which it has none stay on the device.
 
 Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint.
 """
@@ -68,8 +68,8 @@ class Activations:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.kept = Kept()
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
-        self.inputs_on_host = policy == "offload"
-        self.attention_on_host = len(self.layers) if policy == "offload" else 0  # in so many layers, from the last
+        # In so many layers, from the last:
+        self.inputs_on_host = self.attention_on_host = len(self.layers) if policy == "offload" else 0
         shape, size = shape_of(model.config), model.dtype.itemsize
         self.input_bytes = size * shape["hidden"]  # of a token and layer
         self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
@@ -92,7 +92,7 @@ class Activations:
             attention = "host"
         where = partial(_where, attention, linears if behind <= self.with_matmuls else [])
         contexts = noop_context_fn if self.policy == "full" else partial(self.kept.modes, number, where)
-        if not self.inputs_on_host:
+        if behind > self.inputs_on_host:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
         with torch.autograd.graph.saved_tensors_hooks(partial(self._leave, number), self._return):
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
@@ -115,7 +115,7 @@ class Activations:
         """What the last micro-step kept, in words."""
         of = f"of {len(self.layers)} layers"
         if self.policy == "offload":
-            return f"in host memory: layer inputs, attention in {self.attention_on_host} {of}"
+            return f"in host memory: inputs of {self.inputs_on_host}, attention of {self.attention_on_host} {of}"
         if self.policy != "budget":
             return self.policy
         whole = self.memory is not None and self.memory.now[1]
@@ -127,15 +127,17 @@ class Activations:
         """Choose for a micro-step of so many tokens."""
         if self.policy == "offload":
             self.attention_on_host = self._fits_host(tokens)
+            fitting = int(self.kept.host.room() / (tokens * self.input_bytes))
+            self.inputs_on_host = min(len(self.layers), fitting)
         if not self.memory:
             return
         # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
         # and ZeRO-3's.
         whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
         on_device = whole or self.memory.fitting(tokens, on_host=False) == layers
-        self.inputs_on_host = not on_device and self._fits_host(tokens) == layers
-        self.attention_on_host = layers if self.inputs_on_host else 0
-        self.with_matmuls = self.memory.choose(tokens, whole, self.inputs_on_host)
+        on_host = not on_device and self._fits_host(tokens) == layers
+        self.inputs_on_host = self.attention_on_host = layers if on_host else 0
+        self.with_matmuls = self.memory.choose(tokens, whole, on_host)
         for layer in self.layers:
             layer.gradient_checkpointing = not whole
 
