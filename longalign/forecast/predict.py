@@ -22,7 +22,8 @@ from longalign.model.cost import cost_of
 from longalign.model.offload import TILE, TILE_FROM
 
 OTHER_BYTES = 160  # moved per token, layer and hidden unit by all that is no matrix product and no attention, in bf16
-OVERHEAD = 0.02  # seconds of a pass beyond that: launches, the loss, copies
+OVERHEAD = 0.02  # seconds of a pass beyond that: the loss, copies
+LAUNCHES = 0.0042  # seconds a layer in which a host launches its kernels, forward and backward: no pass is faster
 
 
 class Bytes(NamedTuple):
@@ -44,7 +45,7 @@ class Bytes(NamedTuple):
             attention=layers * (2 * q + 4 * shape["heads"]),
             matmuls=1.15 * 2 * (q + kv + h + 2 * m),
             passing=2 * (5 * m + 4 * h),
-            tiled=2 * 9 * h,
+            tiled=2 * 6 * h,
             whole=1.2 * layers * 2 * (4 * h + 2 * q + kv + 3 * m),
         )
 
@@ -85,6 +86,7 @@ def predict(
     if policy == "none" or (policy == "budget" and tokens <= limit):
         again, peak, kept = 0.0, tokens * size.whole, "everything"
     elif policy == "budget":
+        on_host = on_host and selective + layers * tokens * size.matmuls > room
         base = tokens * size.passing + two_layers if on_host else selective
         whole_layers = int(np.clip((room - base) / (tokens * size.matmuls), 0, layers))
         again, peak = 1 - whole_layers / layers, base + whole_layers * tokens * size.matmuls
@@ -93,10 +95,11 @@ def predict(
         peak, kept = selective, policy
     elif policy == "offload":
         attention_again = 1 - float(np.clip((host_room / tokens - size.inputs) / size.attention, 0, 1))
-        peak, kept = passing + two_layers, policy
+        stays = max(0.0, tokens * size.inputs - host_room)  # layer inputs for which the host has no room
+        peak, kept = passing + two_layers + stays, policy
     else:
         attention_again, peak, kept = 1.0, tokens * (size.inputs + size.passing), policy
-    if peak > room or (policy == "offload" and tokens * size.inputs > host_room):
+    if peak > room:
         return None
     cost = cost_of(shape)
     forward, backward = np.array([gpu.attention(length) for length in lengths]).T
@@ -106,7 +109,7 @@ def predict(
     seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
     passes = 2 if kept == "everything" else 3  # forward, backward, and forward again
     seconds += passes * tokens * _exchanged(shape, sequence_parallel) / gpu.link
-    return Pass(seconds + OVERHEAD, fixed + peak, kept)
+    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + peak, kept)
 
 
 def _in_slices(

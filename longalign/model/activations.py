@@ -9,8 +9,9 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     none        everything                           about 12h + 6m     nothing is
     offload     as selective, in host memory         0                  as selective; long MLPs run in tiles
 
-With budget, layer inputs and attention outputs stand in host memory where it holds them all, for the sake of more
-matmuls' outputs. With offload, attention outputs of the layers for which it has no room are computed again.
+With budget, if the device cannot hold it for all layers, layer inputs and attention outputs stand in host memory (where
+that has room for all of them), for the sake of more matmuls' outputs. With offload, attention outputs for which host
+memory has no room are computed again, and layer inputs for which it has none stay on the device.
 
 Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint.
 """
@@ -67,8 +68,8 @@ class Activations:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.kept = Kept()
         self.with_matmuls = 0  # so many layers, from the last, keep their matmuls' outputs
-        self.inputs_on_host = policy == "offload"
-        self.attention_on_host = len(self.layers) if policy == "offload" else 0  # in so many layers, from the last
+        # In so many layers, from the last:
+        self.inputs_on_host = self.attention_on_host = len(self.layers) if policy == "offload" else 0
         shape, size = shape_of(model.config), model.dtype.itemsize
         self.input_bytes = size * shape["hidden"]  # of a token and layer
         self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
@@ -91,7 +92,7 @@ class Activations:
             attention = "host"
         where = partial(_where, attention, linears if behind <= self.with_matmuls else [])
         contexts = noop_context_fn if self.policy == "full" else partial(self.kept.modes, number, where)
-        if not self.inputs_on_host:
+        if behind > self.inputs_on_host:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
         with torch.autograd.graph.saved_tensors_hooks(partial(self._leave, number), self._return):
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
@@ -114,7 +115,7 @@ class Activations:
         """What the last micro-step kept, in words."""
         of = f"of {len(self.layers)} layers"
         if self.policy == "offload":
-            return f"in host memory: layer inputs, attention in {self.attention_on_host} {of}"
+            return f"in host memory: inputs of {self.inputs_on_host}, attention of {self.attention_on_host} {of}"
         if self.policy != "budget":
             return self.policy
         whole = self.memory is not None and self.memory.now[1]
@@ -126,14 +127,17 @@ class Activations:
         """Choose for a micro-step of so many tokens."""
         if self.policy == "offload":
             self.attention_on_host = self._fits_host(tokens)
+            fitting = int(self.kept.host.room() / (tokens * self.input_bytes))
+            self.inputs_on_host = min(len(self.layers), fitting)
         if not self.memory:
             return
         # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
         # and ZeRO-3's.
-        whole = bool(_least(self.memory.fits_whole(tokens)))
-        self.inputs_on_host = not whole and self._fits_host(tokens) == len(self.layers)
-        self.attention_on_host = len(self.layers) if self.inputs_on_host else 0
-        self.with_matmuls = self.memory.choose(tokens, whole, self.inputs_on_host)
+        whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
+        on_device = whole or self.memory.fitting(tokens, on_host=False) == layers
+        on_host = not on_device and self._fits_host(tokens) == layers
+        self.inputs_on_host = self.attention_on_host = layers if on_host else 0
+        self.with_matmuls = self.memory.choose(tokens, whole, on_host)
         for layer in self.layers:
             layer.gradient_checkpointing = not whole
 
@@ -172,13 +176,19 @@ class Memory:
         self.fixed = max(self.fixed, torch.cuda.memory_allocated())
         return any(self.passing.values()) and tokens * self.whole <= self.room()
 
-    def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
+    def fitting(self, tokens: int, on_host: bool) -> int:
         """The layers whose matmuls' outputs memory holds; 0 until a micro-step has been measured."""
+        # Copies on their way count as passing: what was measured with them is enough without them.
+        passing = self.passing[on_host] or (0.0 if on_host else self.passing[True])
+        if not passing:
+            return 0
+        left = self.room() - tokens * (self._kept(on_host) + passing)
+        return max(0, min(self.layers, int(left / (tokens * self.matmuls))))
+
+    def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
+        """The layers that keep their matmuls' outputs in the micro-step that begins."""
         torch.cuda.reset_peak_memory_stats()
-        layers = 0
-        if passing := self.passing[on_host]:
-            left = self.room() - tokens * (self._kept(on_host) + passing)
-            layers = max(0, min(self.layers, int(left / (tokens * self.matmuls))))
+        layers = self.fitting(tokens, on_host)
         self.now = (tokens, whole, layers, on_host)
         return layers
 

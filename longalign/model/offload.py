@@ -31,7 +31,7 @@ class Host:
     def __init__(self) -> None:
         self.buffers: dict[Key, torch.Tensor] = {}
         self.away: dict[Key, tuple[torch.Size, torch.device]] = {}
-        self.coming: dict[Key, torch.Tensor] = {}
+        self.coming: dict[Key, tuple[torch.Tensor, torch.cuda.Event | None]] = {}  # with the end of its copy
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def room(self) -> float:
@@ -57,17 +57,17 @@ class Host:
             shape, device = self.away.pop(key)
             buffer = self.buffers[key][: shape.numel()].view(shape)
             if self.stream is None or device.type != "cuda":
-                self.coming[key] = buffer.to(device, copy=True)
+                self.coming[key] = buffer.to(device, copy=True), None
                 continue
             with torch.cuda.stream(self.stream):
-                self.coming[key] = buffer.to(device, non_blocking=True)
+                self.coming[key] = buffer.to(device, non_blocking=True), self.stream.record_event()
 
     def take(self, key: Key) -> torch.Tensor:
         """It, on its device again."""
         self.begin(key[0])
-        tensor = self.coming.pop(key)
-        if self.stream is not None and tensor.is_cuda:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        tensor, copied = self.coming.pop(key)
+        if copied:
+            torch.cuda.current_stream().wait_event(copied)  # not for the whole stream: the layer behind comes on it
             tensor.record_stream(torch.cuda.current_stream())
         if key[1] == 0:
             self.begin(key[0] - 1)  # while this layer is computed

@@ -40,7 +40,7 @@ def step_of(checkpoint: Path) -> int:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; unfinished ones have another name."""
-    return sorted((p for p in folder.glob("step-*") if (p / RECORD).is_file()), key=step_of)
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / RECORD).is_file()), key=step_of)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -80,7 +80,9 @@ def abandon_after(folder: Path, step: int) -> None:
     if dist.get_rank() == 0:
         for path in complete(folder):
             if step_of(path) > step:
-                path.rename(folder / f"abandoned-{path.name}")
+                left = folder / f"abandoned-{path.name}"
+                shutil.rmtree(left, ignore_errors=True)  # of an earlier time
+                path.rename(left)
 
 
 # -- is it whole? ---------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ def deepspeed_config(config: Config, ranks: int, dtype: torch.dtype) -> dict[str
         "train_batch_size": 2 * ranks,
         "gradient_clipping": config.grad_clip or 1e30,  # a number, so that the norm is measured either way
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # Without ZeRO and with ZeRO-1, a bf16 gradient is added to its fp32 sum as soon as it is there, and freed;
+        # else all of them would stand beside the sums, 2 bytes a parameter.
+        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
         # DeepSpeed would add up and exchange bf16 gradients in bf16: 8 bits of mantissa for a sum over packs.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

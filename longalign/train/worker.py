@@ -152,6 +152,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             shares = train_step(engine, dataset, packs, config, breakdown, trace)
             trace.enter("sync")
             stopped, loss, loss_sequence, loss_token, *by_group = over_ranks(shares)
+            spent = trace.seconds()
             seconds, began = time.monotonic() - began, time.monotonic()
             grad_norm = float(engine.get_global_grad_norm())
             tokens = sum(p.tokens for p in packs)
@@ -171,7 +172,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                 "packs": len(packs),
                 "tokens_per_s": round(tokens / seconds, 1),
                 "step_s": round(seconds, 4),
-                "time": trace.seconds(),
+                "time": spent,
                 "peak_mem_gb": peak_memory_gb(device),
             }
             journal.write("metrics", row)

@@ -120,10 +120,10 @@ class Run:
 
     def _how(self, found: State, hung: str | None) -> tuple[str, str]:
         ends = [beat["ended"] for beat in found.beats.values()]
+        if hung:  # what other ranks failed of, when that one was gone, came after it
+            return "hung", hung
         if failures := [end.removeprefix("failed: ") for end in ends if end and end.startswith("failed")]:
             return "failed", failures[0]
-        if hung:
-            return "hung", hung
         if ends and None not in ends:
             return ("finished" if set(ends) == {"finished"} else "stopped"), ""
         if not ends:

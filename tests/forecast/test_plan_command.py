@@ -84,5 +84,5 @@ def test_the_nearest_setting_that_fits(base_words: list[str]) -> None:
         }
     )
     assert told(200_000, two).endswith("it would with activations=offload")
-    assert told(1_200_000, two).endswith("it would with activations=offload cluster.sequence_parallel=2")
+    assert told(1_600_000, two).endswith("it would with activations=offload cluster.sequence_parallel=2")
     assert "whatever is offloaded" in told(2**22, config)

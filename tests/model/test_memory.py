@@ -67,3 +67,17 @@ def test_a_document_that_needs_all_memory_once_does_not_starve_the_others(monkey
     layers = [device.pass_over(memory, tokens, True, 0) for tokens in (1024, 1024, 65536, 65536, 512, 65536, 16384)]
     assert layers[3] == layers[5] > 15
     assert layers[-1] == 32
+
+
+def test_what_the_device_holds_whole_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack whose inputs, attention and matmuls all fit is told to, from measures of passes with the host."""
+    device = Device(monkeypatch)
+    memory = llama2_7b()
+    assert memory.fitting(16384, on_host=False) == 0, "nothing was measured yet"
+    for _ in range(3):
+        device.pass_over(memory, TOKENS, True, 0)
+    assert memory.fitting(32768, on_host=False) == 32
+    assert memory.fitting(TOKENS, on_host=False) < memory.fitting(TOKENS, on_host=True) < 32
+    for _ in range(2):
+        assert device.pass_over(memory, 32768, False, 0) == 32
+        assert device.peak < TOTAL

@@ -59,6 +59,7 @@ def measure(config: Config) -> None:
             for name, parameter in engine.module.model.named_parameters():
                 gradient: Any = safe_get_full_grad(parameter)  # a collective from ZeRO-1 on: every rank calls it
                 found[f"{number}/{name}"] = gradient.clone()
+                assert parameter.dtype != torch.bfloat16 or parameter.grad is None, "held twice, in bf16 and in fp32"
         update()
 
     engine.step = look_and_update

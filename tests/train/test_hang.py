@@ -88,7 +88,7 @@ def test_seconds_by_phase(runs: Runs) -> None:
         assert list(row["time"]) == ["data", "forward", "backward", "optimizer", "sync"]
         assert all(seconds >= 0 for seconds in row["time"].values())
         assert min(row["time"]["forward"], row["time"]["backward"], row["time"]["optimizer"]) > 0
-        assert sum(row["time"].values()) <= row["step_s"] + 0.01
+        assert sum(row["time"].values()) <= row["step_s"] + 0.001  # phases lie within the step; both are rounded
 
 
 @pytest.mark.slow

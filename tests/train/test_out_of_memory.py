@@ -19,7 +19,8 @@ def run_out(words: list[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def test_unknown_device_gets_all_there_is(base_words: list[str]) -> None:
+def test_unknown_device_gets_all_there_is(base_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"micro-step of 43 tokens in 2 documents: set activations=offload, cluster"):
         run_out(base_words)
 
