@@ -35,7 +35,7 @@ FORMS = ("The {about} is {value}.", "{value} is the {about}.", "Note that the {a
 OTHERS = 4  # facts in a document that no question asks for
 HEADINGS = (5, 12)  # at least and at most
 TIMES = (2, 5)  # that a fact or an event is stated
-QUOTED = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?\"`]{50,220}[.!?](?=\s)")  # a sentence of the document
+QUOTED = re.compile(r"(?:^|(?<=[.!?]\s))[A-Z][^.!?\"`]{50,220}[.!?](?=\s|$)")  # a sentence of a paragraph
 
 Hidden = list[str]  # sentences in the order in which they stand
 
@@ -120,7 +120,10 @@ def several_facts(names: Iterator[str], rng: random.Random) -> Task:
 def first_or_last(names: Iterator[str], rng: random.Random) -> Task:
     wanted, *others = facts(1 + OTHERS, names, rng)
     attribute = wanted.about.partition(" of the ")[0]
-    values = list(dict.fromkeys(value_of(attribute, rng) for _ in range(rng.randint(*TIMES))))
+    values, times = [wanted.value], rng.randint(*TIMES)
+    while len(values) < times:
+        if (value := value_of(attribute, rng)) not in values:
+            values.append(value)
     hidden = [str(wanted._replace(value=value)) for value in values]
     for fact in others:
         hidden.insert(rng.randint(0, len(hidden)), said(fact, rng))
@@ -165,8 +168,8 @@ HIDING: dict[str, Callable[[Iterator[str], random.Random], Task]] = {
 
 
 def borders(text: str) -> list[int]:
-    """Where something may be put in: behind paragraphs, or sentences where there are few."""
-    for border in (r"\n\n", r"\n", r"(?<=[.!?]) "):
+    """Where something may be put in: behind paragraphs, or sentences where there are few; never within a sentence."""
+    for border in (r"\n\n", r"(?<=[.!?])\s"):
         if len(found := [match.start() for match in re.finditer(border, text)]) >= 50:
             return found
     return [0, len(text)]
@@ -200,8 +203,9 @@ def with_headings(text: str, names: Iterator[str], rng: random.Random) -> tuple[
 
 def a_quotation(text: str, rng: random.Random) -> Task | None:
     """None if the document has no sentence whose first six words are its alone."""
-    flat = " ".join(text.split())  # lines are joined
-    found = QUOTED.findall(flat)
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]  # lines are joined
+    flat = " ".join(paragraphs)
+    found = [sentence for part in paragraphs for sentence in QUOTED.findall(part)]
     rng.shuffle(found)
     for sentence in found:
         start = " ".join(sentence.split()[:6])
@@ -210,10 +214,10 @@ def a_quotation(text: str, rng: random.Random) -> Task | None:
     return None
 
 
-def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Random) -> dict[str, Any] | None:
-    """Questions of these kinds about the document, one after the other, and their answers; None if it allows none.
+def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Random) -> dict[str, Any]:
+    """Questions of these kinds about the document, one after the other, and their answers.
 
-    Kinds that it does not allow are left out.
+    Kinds that it does not allow are left out. Raises Unreadable if it allows none.
     """
     names = owners(split, rng)
     tasks: list[tuple[str, Task]] = []
@@ -229,7 +233,7 @@ def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Rand
             text = put_in(text, task.hidden, rng)
             tasks.append((kind, task))
     if not tasks:
-        return None
+        raise Unreadable("no sentence to quote")
     rng.shuffle(tasks)
     before = rng.choice(["", "", "Read the following text; you will be asked about it.\n\n"])
     messages: list[dict[str, str]] = []
@@ -268,27 +272,37 @@ def describe(config: Config, source: LongTasks) -> list[str]:
 
 
 def prepare(config: Config, source: LongTasks) -> list[str]:
-    """Write long.jsonl and long.json; returns what to tell. Documents and kinds take turns. Raises UserError."""
+    """Write long.jsonl and long.json; returns what to tell. Documents and kinds take turns. Raises UserError.
+
+    Documents that cannot be read, or have no sentence to quote where only that is asked, are left out and named.
+    """
     files, path = documents_of(source.documents), outputs(config)
     rng = random.Random(f"long_tasks {source.split} {config.seed}")
     rng.shuffle(files)
-    kinds = Counter[str]()
+    kinds, left_out, number = Counter[str](), dict[str, str](), 0
     with disk_errors(path, "output_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as out, Bar("prepare", source.samples, "conversations") as bar:
-            for number in range(source.samples):
+            while number < source.samples:
                 file = files[number % len(files)]
                 wanted = [source.kinds[(number + turn) % len(source.kinds)] for turn in range(source.turns)]
                 try:
                     sample = conversation(read_document(file), wanted, source.split, rng)
                 except Unreadable as error:
-                    raise UserError(f"source.documents: {file}: {error}") from None
-                if sample is None:
-                    raise UserError(f"source.documents: {file} has no sentence to quote; give more source.kinds")
+                    left_out[str(file)] = str(error)
+                    files.remove(file)
+                    if not files:
+                        first, reason = next(iter(left_out.items()))
+                        raise UserError(
+                            f"source.documents={source.documents}: none is of use; {first}: {reason}"
+                        ) from None
+                    continue
                 kinds.update(sample["kinds"])
                 sample |= {"id": f"{source.split}-{config.seed}-{number:05d}", "document": file.name}
                 out.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                number += 1
                 bar.advance(1)
-        about = {"source": source.model_dump(), "seed": config.seed, "kinds": dict(kinds), "versions": versions()}
-        write_json(path.with_suffix(".json"), about)
-    return [f"{path}: {source.samples:,} conversations about {len(files):,} documents"]
+        about = {"source": source.model_dump(), "seed": config.seed, "kinds": dict(kinds), "left_out": left_out}
+        write_json(path.with_suffix(".json"), {**about, "versions": versions()})
+    told = [f"{path}: {source.samples:,} conversations about {len(files):,} documents"]
+    return told + [f"left out: {file}: {reason}" for file, reason in left_out.items()]

@@ -44,13 +44,17 @@ def prepare(config: Config, source: Text) -> list[str]:
                 bar.advance(1)
                 try:
                     text = read_document(file)
+                    if not text:
+                        raise Unreadable("empty")
                 except Unreadable as error:
                     dropped.append({"file": str(file), "reason": str(error)})
                     continue
                 tokens, count = tokens + len(tokenizer(text)["input_ids"]), count + 1
                 out.write(json.dumps({"text": text, "id": file.stem}, ensure_ascii=False) + "\n")
-        if not count:
-            raise UserError(f"source.documents={source.documents}: no document can be read ({dropped[0]['reason']})")
+            if not count:  # and nothing is in place
+                raise UserError(
+                    f"source.documents={source.documents}: no document can be read ({dropped[0]['reason']})"
+                )
         about = {"source": source.model_dump(), "seed": config.seed, "documents": count, "tokens": tokens}
         write_json(path.with_suffix(".json"), {**about, "left_out": dropped, "versions": versions()})
     told = [f"{path}: {count:,} documents, {tokens:,} tokens"]

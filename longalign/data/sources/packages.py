@@ -1,14 +1,17 @@
 """Documentation that Python packages carry -> documents of wanted lengths, as text files.
 
 1. read     wheels (.whl) and source archives (.tar.gz, .zip): prose (.rst .md .txt) and the docstrings of .py files
-2. choose   tests, licences, tables, and files that mostly repeat others are left out, and named
+2. choose   tests and licences are not looked at; tables, short files and those that mostly repeat others are left out
 3. join     the texts of a package, file by file, into documents of min_tokens to max_tokens at paragraph borders
-4. write    documents/PACKAGE-0001.txt, documents_dropped.jsonl, then documents.json: package, version, licence, tokens
+4. write    documents/PACKAGE-0001.txt, then documents.json: package, version, licence, tokens
+
+What is left out, and why, stands in documents_dropped.jsonl: archives, files, and a package's last, too short document.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import email
 import hashlib
 import json
@@ -17,8 +20,8 @@ import re
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from longalign.data.messages import expand
 from longalign.errors import UserError
 from longalign.files import check_free, disk_errors, fresh_folder, versions, whole_file, write_json, write_text
 from longalign.model.load import load_tokenizer
-from longalign.progress import Bar
+from longalign.progress import Bar, warn
 from longalign.schema import Config, Packages
 
 ARCHIVES = (".whl", ".tar.gz", ".zip")
@@ -38,6 +41,7 @@ NOT_DOCUMENTATION = re.compile(
     r"|(^|/)(test_|conftest|licen[cs]e|copying|notice|authors|requirements|top_level|cmakelists|sources\.txt)[^/]*$",
     re.IGNORECASE,
 )
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError, RuntimeError)
 LEAST = 400  # characters of a file's text
 WORDS = 0.6  # of a text's characters are letters or spaces, at least
 AGAIN = 0.5  # of a file's text may stand in files before it, at most
@@ -83,28 +87,37 @@ def prepare(config: Config, source: Packages) -> list[str]:
         whole_file(folder.with_name("documents_dropped.jsonl")) as left_out,
         Bar("prepare", len(archives), "packages") as bar,
     ):
-        reasons = Counter[str]()
+        reasons, numbers = Counter[str](), Counter[str]()
+
+        def leave_out(what: str, reason: str, **more: int) -> None:
+            reasons[reason] += 1
+            left_out.write(json.dumps({"file": what, "reason": reason, **more}) + "\n")
+
         for archive in archives:
+            bar.advance(1, note=archive.name)
             try:
                 package, files = read(archive)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-                raise UserError(f"source.path={archive}: no package can be read from it: {error}") from None
+            except (*BROKEN, OSError) as error:
+                warn(f"{archive}: left out: {error}")
+                leave_out(str(archive), "unreadable archive")
+                continue
             texts: list[str] = []
             for file, data in files:
                 text, reason = text_of(file, data, seen)
                 if reason:
-                    reasons[reason] += 1
-                    left_out.write(json.dumps({"file": f"{archive}:{file}", "reason": reason}) + "\n")
+                    leave_out(f"{archive}:{file}", reason)
                 else:
                     texts.append(text)
-            rng = random.Random(f"packages {config.seed} {package.name}")
-            made = join(texts, source, count, rng)
-            for number, (document, tokens) in enumerate(made, start=1):
-                name = f"{package.name.lower()}-{number:04d}.txt"
+            rng = random.Random(f"packages {config.seed} {package.name} {package.version}")
+            made, rest = join(texts, source, count, rng)
+            if rest:
+                leave_out(str(archive), "rest below min_tokens", tokens=rest)
+            for document, tokens in made:
+                numbers[package.name.lower()] += 1  # a package may come in two versions
+                name = f"{package.name.lower()}-{numbers[package.name.lower()]:04d}.txt"
                 write_text(partial / name, document)
                 digest = hashlib.sha256(document.encode()).hexdigest()
                 written.append({"file": name, **package._asdict(), "tokens": tokens, "sha256": digest})
-            bar.advance(1, note=f"{package.name}: {len(made)} documents")
         if not written:
             raise UserError(
                 f"source.path={source.path}: none has source.min_tokens={source.min_tokens} of documentation"
@@ -113,37 +126,36 @@ def prepare(config: Config, source: Packages) -> list[str]:
         "source": source.model_dump(),
         "seed": config.seed,
         "documents": written,
-        "files_left_out": dict(reasons),
+        "left_out": dict(reasons),
         "versions": versions(),
     }
     with disk_errors(folder, "output_dir"):
         write_json(folder.with_name("documents.json"), manifest)
     tokens = sum(row["tokens"] for row in written)
     told = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-    return [f"{folder}: {len(written):,} documents, {tokens:,} tokens", f"files left out: {told or 'none'}"]
+    return [f"{folder}: {len(written):,} documents, {tokens:,} tokens", f"left out: {told or 'nothing'}"]
 
 
 # -- what a package holds ----------------------------------------------------------------------------------
 
 
-def read(archive: Path) -> tuple[Package, Iterator[tuple[str, bytes]]]:
-    """The package, and its files that may be documentation, by name."""
-    if archive.name.endswith((".tar.gz", ".tgz")):
-        tar = tarfile.open(archive)
-        names = [member.name for member in tar.getmembers() if member.isfile()]
+def read(archive: Path) -> tuple[Package, list[tuple[str, bytes]]]:
+    """The package, and its files that may be documentation, by name. Raises BROKEN or OSError."""
+    with contextlib.ExitStack() as stack:
+        if archive.name.endswith(".tar.gz"):
+            tar = stack.enter_context(tarfile.open(archive))
+            names = [member.name for member in tar.getmembers() if member.isfile()]
 
-        def get(name: str) -> bytes:
-            file = tar.extractfile(name)
-            return file.read() if file else b""
-    else:
-        zipped = zipfile.ZipFile(archive)
-        names, get = zipped.namelist(), zipped.read
-    about = min(
-        (name for name in names if re.fullmatch(r"[^/]+(\.dist-info/METADATA|/PKG-INFO)", name)), key=len, default=None
-    )
-    package = Package.of(archive, get(about).decode("utf-8", "replace") if about else "")
-    kept = [name for name in sorted(names) if name.endswith((*PROSE, ".py")) and not NOT_DOCUMENTATION.search(name)]
-    return package, ((name, get(name)) for name in kept)
+            def get(name: str) -> bytes:
+                file = tar.extractfile(name)
+                return file.read() if file else b""
+        else:
+            zipped = stack.enter_context(zipfile.ZipFile(archive))
+            names, get = zipped.namelist(), zipped.read
+        tells = [name for name in names if re.fullmatch(r"[^/]+(\.dist-info/METADATA|/PKG-INFO)", name)]
+        package = Package.of(archive, get(min(tells, key=len)).decode("utf-8", "replace") if tells else "")
+        kept = [name for name in sorted(names) if name.endswith((*PROSE, ".py")) and not NOT_DOCUMENTATION.search(name)]
+        return package, [(name, get(name)) for name in kept]
 
 
 def text_of(file: str, data: bytes, seen: set[str]) -> tuple[str, str | None]:
@@ -187,8 +199,11 @@ def docstrings(file: str, code: str) -> str:
     return "\n\n".join(part for part in parts if part) if len(parts) > 2 or parts[1] else ""
 
 
-def join(texts: list[str], source: Packages, count: Any, rng: random.Random) -> list[tuple[str, int]]:
-    """Documents of lengths drawn evenly between min_tokens and max_tokens, in order; a shorter rest is left out."""
+def join(texts: list[str], source: Packages, count: Any, rng: random.Random) -> tuple[list[tuple[str, int]], int]:
+    """Documents of lengths drawn evenly between min_tokens and max_tokens, in order; and the tokens of a shorter rest.
+
+    No more than source.per_package: what comes behind is not counted.
+    """
     made: list[tuple[str, int]] = []
     parts: list[str] = []
     have, wanted = 0, rng.randint(source.min_tokens, source.max_tokens)
@@ -198,7 +213,7 @@ def join(texts: list[str], source: Packages, count: Any, rng: random.Random) -> 
             made.append(("".join(parts).strip(), have))
             parts, have, wanted = [], 0, rng.randint(source.min_tokens, source.max_tokens)
         if len(made) == source.per_package:
-            return made
+            return made, 0
         parts.append(part)
         have += tokens
-    return [*made, ("".join(parts).strip(), have)] if have >= source.min_tokens else made
+    return ([*made, ("".join(parts).strip(), have)], 0) if have >= source.min_tokens else (made, have)
