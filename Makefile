@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tiny-base test test-grid test-faults check format clean
+.PHONY: help install demo results tiny-base test test-grid test-faults check format clean
 
 help:  ## this list
 	@echo "  train-MODEL-STRATEGY               $(MODELS) x $(STRATEGIES)"
@@ -23,6 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## a small model learns to answer from long documents (two cores, a few minutes)
 	$(BIN)/python scripts/demo.py
+
+results: install  ## docs/results.md: a pretrained model from 8k to 64k on one GPU, in stages that can be stopped
+	$(BIN)/python scripts/results.py
 
 tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); about 9 minutes on one core
 	$(LONGALIGN) prepare experiment=tiny_base output_dir=data/tiny_base/raw overwrite=true

@@ -210,11 +210,16 @@ def bench(config: Config, dry_run: bool) -> int:
 
 
 def convert(config: Config, dry_run: bool) -> int:
-    from longalign.model import chatglm, original
-    from longalign.model.load import load_config
+    from longalign.model import chatglm, gguf, original
+    from longalign.model.load import load_config, resolve_dtype
 
     path, output = config.model.path, Path(config.output_dir or "")
     console.print(f"{path} -> {output}")
+    if path.endswith(gguf.SUFFIX):
+        gguf.read_fields(Path(path))
+        if not dry_run:
+            gguf.to_folder(Path(path), output, resolve_dtype(config, "cpu"), config.overwrite)
+        return 0
     if config.reverse:
         if not dry_run:
             chatglm.to_original(Path(path), output, config.overwrite)
@@ -222,7 +227,8 @@ def convert(config: Config, dry_run: bool) -> int:
     source = original.find(path, weights=not dry_run)
     if source is None:
         raise UserError(
-            f"model.path={path} is no ChatGLM model in its original layout; other models need no conversion"
+            f"model.path={path} is neither a .gguf file nor a ChatGLM model in its original layout; "
+            "other models need no conversion"
         )
     if not dry_run:
         chatglm.to_glm(source, output, config.overwrite, load_config(config))

@@ -30,6 +30,7 @@ class Rope(Strict):
 class Model(Strict):
     name: str
     path: str
+    obtain: str | None
     tokenizer: str
     template: Literal["longalign-llama", "longalign-chatglm", "chatglm3", "chat_template", "text"]
     chat_template_kwargs: dict[str, Any]
@@ -115,6 +116,51 @@ class Synthetic(Strict):
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"at least min_tokens={self.min_tokens}")
         return self
+
+
+class Packages(Strict):
+    name: Literal["packages"]
+    path: Annotated[Paths, Field(min_length=1)]
+    min_tokens: Annotated[int, Field(ge=128)]
+    max_tokens: Annotated[int, Field(ge=192)]
+    per_package: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"source.max_tokens of at least source.min_tokens={self.min_tokens}")
+        return self
+
+
+class Text(Strict):
+    name: Literal["text"]
+    documents: str
+    tokens: PositiveInt | None
+
+
+TaskKind = Literal["fact", "facts", "section", "first_last", "counting", "quoting", "multi_hop"]
+
+
+class LongTasks(Strict):
+    name: Literal["long_tasks"]
+    documents: str
+    samples: PositiveInt
+    turns: PositiveInt
+    kinds: Annotated[list[TaskKind], Field(min_length=1)]
+    split: Literal["train", "test"]
+
+
+ShortKind = Literal[
+    "rewrite", "summarise", "list", "explain", "arithmetic", "translate", "classify", "code",
+    "compare", "extract", "write", "story", "sort", "advice", "facts",
+]  # fmt: skip
+
+
+class OwnAnswers(Strict):
+    name: Literal["own_answers"]
+    samples: PositiveInt
+    kinds: Annotated[list[ShortKind], Field(min_length=1)]
+    max_new_tokens: PositiveInt
 
 
 class Price(Strict):
@@ -332,7 +378,10 @@ class Config(Strict):
     datanum: DataNum
     strategy: Strategy
     cluster: Cluster
-    source: Annotated[Synthetic | Conversations | SelfInstruct, Field(discriminator="name")]
+    source: Annotated[
+        Synthetic | Conversations | SelfInstruct | Packages | Text | LongTasks | OwnAnswers,
+        Field(discriminator="name"),
+    ]
     task: Tasks
     judge: Judge | None
     logger: Loggers

@@ -11,7 +11,8 @@ from longalign.errors import UserError
 
 NEEDS = {
     "hf": ["model.path=somewhere"],
-    **{source: ["source.path=somewhere"] for source in ("hub", "files", "sharegpt")},
+    **{source: ["source.path=somewhere"] for source in ("hub", "files", "sharegpt", "packages")},
+    **{source: ["source.documents=somewhere"] for source in ("text", "long_tasks")},
     "self_instruct": ["source.documents=somewhere", "source.model=m"],
     **{judge: ["judge.model=m"] for judge in ("openai", "local")},
     "longbench": ["task.longbench.path=somewhere"],

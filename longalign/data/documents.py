@@ -42,7 +42,7 @@ def read_document(path: Path) -> str:
             text = _pdf(path)
         else:
             data = path.read_bytes()
-            text = _html(data) if path.suffix.lower() in HTML else _decode(data)
+            text = _html(data) if path.suffix.lower() in HTML else decode(data)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from error
     if "\0" in text:
@@ -50,8 +50,8 @@ def read_document(path: Path) -> str:
     return text.replace("\r\n", "\n").strip()
 
 
-def _decode(data: bytes, declared: str | None = None) -> str:
-    """Never guesses: a wrong guess gives letters that no one wrote. Raises Unreadable."""
+def decode(data: bytes, declared: str | None = None) -> str:
+    """The text of a file. Never guesses: a wrong guess gives letters that no one wrote. Raises Unreadable."""
     marked = next((encoding for bom, encoding in BOMS.items() if data.startswith(bom)), None)
     encoding = marked or DECLARED.get((declared or "").lower(), declared) or "utf-8"
     try:
@@ -70,7 +70,7 @@ def _html(data: bytes) -> str:
     from bs4.exceptions import ParserRejectedMarkup
 
     try:
-        soup = BeautifulSoup(_decode(data, EncodingDetector.find_declared_encoding(data, is_html=True)), "html.parser")
+        soup = BeautifulSoup(decode(data, EncodingDetector.find_declared_encoding(data, is_html=True)), "html.parser")
     except ParserRejectedMarkup:
         raise Unreadable("HTML with a broken declaration (<![...)") from None
     parts: list[str] = []
@@ -126,13 +126,18 @@ def split(text: str, limit: int, count: Callable[[list[str]], list[int]]) -> lis
     """
     pieces: list[tuple[int, int]] = []
     start = stop = room = 0
-    for part, tokens in _parts(text, limit, count, BORDERS):
+    for part, tokens in paragraphs(text, limit, count):
         if tokens > room:
             if stop > start:
                 pieces.append((start, stop))
             start, room = stop, limit
         stop, room = stop + len(part), room - tokens
     return [*pieces, (start, stop)] if stop > start else pieces
+
+
+def paragraphs(text: str, limit: int, count: Callable[[list[str]], list[int]]) -> Iterator[tuple[str, int]]:
+    """All of a text in parts of up to `limit` tokens, with their tokens: paragraphs, and parts of longer ones."""
+    return _parts(text, limit, count, BORDERS)
 
 
 def _parts(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from longalign.data.synthetic import base_texts, conversations
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json, write_text
-from longalign.schema import Config, SelfInstruct, Synthetic
+from longalign.schema import Config, LongTasks, OwnAnswers, Packages, SelfInstruct, Synthetic, Text
 
 
 def _parts(source: Synthetic, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
@@ -25,31 +26,30 @@ def _parts(source: Synthetic, seed: int) -> dict[str, Iterator[dict[str, Any]]]:
     return {f"{name}.jsonl": samples for name, (amount, samples) in parts.items() if amount}
 
 
+def _module(source: Any) -> Any:
+    """Of a source that is not synthetic. Imported when needed: most bring torch along, which takes seconds."""
+    names: dict[type, str] = {
+        SelfInstruct: "self_instruct.generate",
+        Packages: "sources.packages",
+        LongTasks: "long_tasks",
+        Text: "texts",
+        OwnAnswers: "own_answers",
+    }
+    return import_module(f"longalign.data.{names.get(type(source), 'sources.convert')}")
+
+
 def describe(config: Config) -> list[str]:
     """What would be read and written. Raises UserError for what cannot be read."""
     if isinstance(config.source, Synthetic):
         return [f"{config.output_dir}/{name}, seed {config.seed}" for name in _parts(config.source, config.seed)]
-    # the others bring torch along, which takes seconds
-    if isinstance(config.source, SelfInstruct):
-        from longalign.data.self_instruct import generate
-
-        return generate.describe(config, config.source)
-    from longalign.data.sources import convert
-
-    return convert.describe(config, config.source)
+    return list(_module(config.source).describe(config, config.source))
 
 
 def prepare(config: Config) -> list[str]:
     """Write the files of config.source; returns what to tell about them. Raises UserError."""
     if isinstance(config.source, Synthetic):
         return [f"{file}: {count:,} samples" for file, count in synthetic(config, config.source).items()]
-    if isinstance(config.source, SelfInstruct):
-        from longalign.data.self_instruct import generate
-
-        return generate.prepare(config, config.source)
-    from longalign.data.sources import convert
-
-    return convert.convert(config, config.source)
+    return list(_module(config.source).prepare(config, config.source))
 
 
 def synthetic(config: Config, source: Synthetic) -> dict[str, int]:

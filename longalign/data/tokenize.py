@@ -151,7 +151,7 @@ def tokenize(config: Config) -> dict[str, Any]:
         rows = Rows.of({stem(str(file)): of_file for file, of_file in shards.items()})
         n_long = sum(ledgers[stem(str(file))].rows for file in files[True])
         order, outside = split(config, rows, n_long)
-        if not len(order):
+        if not len(order) and not (config.eval_fraction == 1 and len(outside)):
             reasons = sum((ledger.dropped for ledger in ledgers.values()), Counter())
             if len(outside):
                 reasons[f"held out by eval_fraction={config.eval_fraction}"] = len(outside)

@@ -25,10 +25,13 @@ Keep = Callable[[list[tuple[int, Answer]]], None]
 
 
 class Local:
-    """A folder or hub name. Its weights are loaded when the first answer is wanted. Raises UserError."""
+    """A folder or hub name. Its weights are loaded when the first answer is wanted. Raises UserError.
 
-    def __init__(self, config: Config):
-        self.config = config
+    count_answers: generation.batch_tokens bounds prompts and answers, for prompts that are shorter than their answers.
+    """
+
+    def __init__(self, config: Config, count_answers: bool = False):
+        self.config, self.count_answers = config, count_answers
         self.template = load_template(config)
         hf = load_config(config).get_text_config()
         self.context: int | None = config.generation.context or getattr(hf, "max_position_embeddings", None)
@@ -63,7 +66,8 @@ class Local:
         prompts = [self.template.prompt_ids(question.messages) for question in questions]
         for limit in sorted({question.max_new_tokens for question in questions}, reverse=True):
             places = [place for place, question in enumerate(questions) if question.max_new_tokens == limit]
-            for batch in batches([len(prompts[place]) for place in places], self.config.generation.batch_tokens):
+            lengths = [len(prompts[place]) + limit * self.count_answers for place in places]
+            for batch in batches(lengths, self.config.generation.batch_tokens):
                 asked = [places[n] for n in batch]
                 if done.issuperset(asked):
                     continue

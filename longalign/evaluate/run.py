@@ -39,6 +39,8 @@ def run(config: Config, dry_run: bool) -> int:
         raise UserError(f"task=[] asks nothing; one or several of: {', '.join(Tasks.model_fields)}")
     model: Local | Endpoint = Endpoint(config, output) if config.model.endpoint else Local(config)
     with disk_errors(output, "output_dir"):
+        if not dry_run:
+            output.mkdir(parents=True, exist_ok=True)
         results: dict[str, Any] = {
             "model": config.model.path,
             "endpoint": config.model.endpoint,

