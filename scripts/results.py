@@ -126,7 +126,7 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         split, documents = part.name, f"source.documents={part}/documents"
         wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40")  # some are very large
         yield prepare(f"documents:{split}", part / "documents.json", "packages", *wheels)
-        asked = (documents, f"source.samples={samples}", f"source.split={split}")
+        asked = (documents, f"source.samples={samples}", "source.turns=7", f"source.split={split}")  # one of each kind
         yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
     yield prepare("text", TRAIN / "text.jsonl", "text", *text)
