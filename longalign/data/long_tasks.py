@@ -36,6 +36,7 @@ OTHERS = 4  # facts in a document that no question asks for
 HEADINGS = (5, 12)  # at least and at most
 TIMES = (2, 5)  # that a fact or an event is stated
 QUOTED = re.compile(r"(?:^|(?<=[.!?]\s))[A-Z][^.!?\"`]{50,220}[.!?](?=\s|$)")  # a sentence of a paragraph
+MARKUP = re.compile(r"[-=~*|#]{2}|::|<\w")
 
 Hidden = list[str]  # sentences in the order in which they stand
 
@@ -209,7 +210,7 @@ def a_quotation(text: str, rng: random.Random) -> Task | None:
     rng.shuffle(found)
     for sentence in found:
         start = " ".join(sentence.split()[:6])
-        if flat.count(start) == 1 and len(sentence.split()) > 9:
+        if flat.count(start) == 1 and len(sentence.split()) > 9 and not MARKUP.search(sentence):
             return Task([], f'Quote the sentence of the text that begins with "{start}".', sentence, sentence)
     return None
 
