@@ -23,7 +23,7 @@ from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, s
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
-from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
+from longalign.model.load import RECORD, load_config, loads_weights, resolve_device, resolve_dtype, weights_of
 from longalign.preflight import (
     check_data,
     check_disk,
@@ -187,10 +187,11 @@ def replaced(run: Path) -> Path:
 
 
 def is_finished(run: Path, config: Config) -> bool:
-    planned = read_json(run / "plan" / "manifest.json")["steps"]
-    rows = read_metrics(run / "metrics.jsonl")
-    done = bool(rows) and rows[-1]["step"] >= steps_to_train(planned, config)
-    return done and (run / "model" / "config.json").is_file()
+    """Whether all steps are done and the model is theirs, not of an earlier, shorter run in this folder."""
+    steps = steps_to_train(read_json(run / "plan" / "manifest.json")["steps"], config)
+    rows, record = read_metrics(run / "metrics.jsonl"), run / "model" / RECORD
+    done = bool(rows) and rows[-1]["step"] >= steps
+    return done and record.is_file() and read_json(record).get("step", 0) >= steps
 
 
 # -- starting it ----------------------------------------------------------------------------------------

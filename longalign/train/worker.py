@@ -184,9 +184,11 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                         saver.save(bad_steps.last_good)
                         saver.finish()
                 raise bad_steps.error(saver.saved)
-            if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
+            if stopped or step == n_steps or (config.save_every and step % config.save_every == 0):
                 with heartbeat.unwatched("checkpoint"):
                     saver.save(step)
+                    if stopped or step == n_steps:  # it stands before anything else may fail, or take long
+                        saver.finish()
                 began = time.monotonic()
             if stopped and step < n_steps:
                 break
@@ -195,15 +197,13 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                     evaluation.evaluate(step)
                 began = time.monotonic()
             heartbeat.watch()  # not in the first step, in which kernels may be compiled
-        with heartbeat.unwatched("checkpoint"):
-            saver.finish()
     journal.close()
     if stopped and saver.saved < n_steps:
         if rank == 0:
             print(f"stopped after step {saver.saved}, which {run}/checkpoints holds", file=sys.stderr)
         return False
     with heartbeat.unwatched("export"):
-        export(engine, config, run / "model")
+        export(engine, config, run / "model", n_steps)
     engine.destroy()
     return True
 
