@@ -77,6 +77,7 @@ def test_a_model_of_fewer_steps_is_no_end(tmp_path: Path, run_config: Callable[.
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "plan" / "manifest.json", {"steps": 100})
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": step} for step in range(1, 27)])
+    write_json(tmp_path / "model" / "config.json", {})
     finished = lambda steps: launch.is_finished(tmp_path, run_config(tmp_path, f"max_steps={steps}"))
     write_json(tmp_path / "model" / "longalign.json", {"step": 24})
     assert [finished(steps) for steps in (24, 26, 27)] == [True, False, False]
