@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longalign.errors import UserError
+from longalign.streams import outlive_readers
 
 app = typer.Typer(
     name="longalign",
@@ -120,6 +121,7 @@ _command("convert", "ChatGLM3's original checkpoint layout to transformers' and,
 
 
 def main() -> None:
+    outlive_readers()
     app()
 
 

@@ -139,8 +139,8 @@ def run_hosts(command: list[str], config: Config, names: list[str], logs: Path) 
     """Run the ranks of every host and wait for all; returns the exit code of the run.
 
     The output of rank 0 is shown, and each rank has a log, logs/HOST-rank-N.log. The first Ctrl-C or SIGTERM reaches
-    every rank, for them to save and stop; a second Ctrl-C kills them. When a rank fails, or a host is lost, that is shown
-    and all others are ended. Raises UserError, before any rank has started, if the hosts do not fit together.
+    every rank, for them to save and stop; a second Ctrl-C kills them. When a rank fails, or a host is lost, that is
+    shown and all others are ended. Raises UserError, before any rank has started, if the hosts do not fit together.
     """
     hosts = Hosts()
     try:

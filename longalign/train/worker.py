@@ -30,6 +30,7 @@ from longalign.forecast.run import advice
 from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
+from longalign.streams import outlive_readers
 from longalign.train import checkpoint
 from longalign.train.bad_steps import BadSteps, TooManyBadSteps, poisoned
 from longalign.train.breakdown import Breakdown
@@ -109,7 +110,7 @@ def train(config: Config) -> None:
 
 def take_up(config: Config, engine: Any, plan: Plan) -> int:
     """Load the checkpoint that `resume` means, if there is one; returns the steps that are done."""
-    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    start = checkpoint.find(config, together=True)
     if start is None:
         return 0
     done = checkpoint.check(start, plan.manifest["identity"])
@@ -236,6 +237,7 @@ def leave() -> None:
 
 def main(paths: list[str]) -> int:
     """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
+    outlive_readers()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
     configs = [load_frozen(path) for path in paths]

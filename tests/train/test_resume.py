@@ -292,6 +292,6 @@ def test_what_cannot_be_resumed_is_refused(
     assert "continues it" in refused(f"resume={whole}/checkpoints/step-000020"), "not over another run"
     assert "another plan (seed changed)" in refused("resume=auto", "seed=8")
     record = tmp_path / "run" / "checkpoints" / "step-000024" / "checkpoint.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "layout": 1}))
+    record.write_text(json.dumps({"step": STEPS, "layout": 1}))
     assert "has the layout of an older longalign" in refused("resume=auto")
     assert_same(tmp_path / "run", whole)
