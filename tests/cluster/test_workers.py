@@ -77,7 +77,10 @@ def test_the_end_of_the_grace_is_told_if_the_step_is_lost(
 
 
 def test_a_mistake_comes_before_what_follows_from_it(
-    tmp_path: Path, run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(max(seconds, 0.7)))  # both are gone then
     assert run(run_config(tmp_path / "run", "cluster.processes=2"), tmp_path, "mistake") == 2
@@ -87,7 +90,9 @@ def test_a_mistake_comes_before_what_follows_from_it(
 # -- several hosts: hosts.watch alone, on messages ------------------------------------------------------
 
 
-def watched(messages: list[tuple[int | None, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
+def watched(
+    messages: list[tuple[int | None, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, list[int]]:
     """The exit code of two hosts that say this (None: this process), and the signals that were sent to all."""
     monkeypatch.setattr(hosts, "stopping", lambda config: "stopping")
     made, sent = hosts.Hosts(), list[int]()

@@ -1,6 +1,6 @@
 """The worker, run by every rank for test_late_faults.py, with the fault that its first argument names:
 
-evaluation  rank 1 is killed in the evaluation after the last step
+evaluation  rank 1 is killed in the evaluation after the last step, if the run is called "run"
 export      the export takes half a minute
 step        any training step is an error
 """
@@ -18,8 +18,13 @@ import torch.distributed as dist
 from longalign.train import worker
 from longalign.train.evaluation import Evaluation
 
+evaluate = Evaluation.evaluate
 
-def kill(*_: Any) -> None:
+
+def kill(evaluation: Evaluation, step: int) -> None:
+    if evaluation.journal.run.name != "run":
+        evaluate(evaluation, step)
+        return
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(30)

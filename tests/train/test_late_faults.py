@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from longalign.files import write_json
 from longalign.schema import Config
 from longalign.train import checkpoint, heartbeat
 from longalign.train.metrics import read_metrics
-from tests.conftest import launch_all, write_jsonl
+from tests.conftest import write_jsonl
 from tests.train.test_eval_tasks import GRID
 
 WORKER = str(Path(__file__).with_name("late.py"))
@@ -44,11 +45,14 @@ def test_killed_in_the_last_evaluation_and_in_the_export(
     run, whole = tmp_path / "run", run_config(tmp_path / "whole", *WORDS)
     made = lambda *more: run_config(run, *WORDS, *more)
 
-    def start(fault: str, config: Config) -> int:
-        return launch.finish(config, lambda: launch_all([config], tmp_path / fault, worker=[WORKER, fault]))
+    def start(fault: str, config: Config, *before: Config) -> int:
+        prepared = [launch.prepare_run(one, dry_run=False)[0] for one in (*before, config)]
+        files = [f"{one.output_dir}/config.yaml" for one in prepared]
+        command = [sys.executable, WORKER, fault, *files]
+        return launch.finish(prepared[-1], lambda: launch.run_workers(command, prepared[-1], tmp_path / "logs"))
 
-    assert start("none", whole) == 0
-    assert start("evaluation", made()) == 1
+    assert start("evaluation", made(), whole) == 1
+    assert (tmp_path / "whole" / "model").is_dir()
     assert [path.name for path in checkpoint.complete(run / "checkpoints")] == ["step-000003"]
     assert "the checkpoint of step 3 stands" in capfd.readouterr().err
     rows = (run / "metrics.jsonl").read_text()

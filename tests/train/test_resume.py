@@ -174,7 +174,8 @@ def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
         "worker.train_step = slowly\n"
         "sys.exit(worker.main(sys.argv[1:]))\n"
     )
-    config, sent = run_config(tmp_path / "run", *words, "grace_s=2"), []
+    config, _ = launch.prepare_run(run_config(tmp_path / "run", *words, "grace_s=2"), dry_run=False)
+    command, sent = [sys.executable, str(slow), f"{config.output_dir}/config.yaml"], []
 
     def terminate() -> None:
         wait_for_step(tmp_path / "run", 6)
@@ -183,7 +184,7 @@ def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
 
     thread = threading.Thread(target=terminate)
     thread.start()
-    code = launch.finish(config, lambda: launch_all([config], tmp_path, worker=[str(slow)]))
+    code = launch.finish(config, lambda: launch.run_workers(command, config, tmp_path / "logs"))
     thread.join()
     assert code == 143
     assert time.monotonic() - sent[0] < 5
