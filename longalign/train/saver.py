@@ -159,7 +159,7 @@ class Saver:
             if list(partial.glob("failed-*")):
                 return False
             time.sleep(0.05)
-        files = {}
+        files: dict[str, int] = {}
         for path in sorted(partial.glob("rank-*.json")):
             index = path.read_bytes()  # which tells its rank's size: another host's view of that file may be older
             files |= {path.with_suffix(".bin").name: json.loads(index)["bytes"], path.name: len(index)}
