@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longalign.errors import UserError
+from longalign.streams import outlive_readers
 
 app = typer.Typer(
     name="longalign",
@@ -123,6 +124,7 @@ _command(
 
 
 def main() -> None:
+    outlive_readers()
     app()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import shutil
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from rich.text import Text
 
+from longalign.cluster.claim import claim, refuse_second
 from longalign.cluster.hostfile import count_nodes, hosts_of
 from longalign.cluster.hosts import remote_command, run_hosts
 from longalign.cluster.workers import common_environment, run_workers
@@ -23,7 +25,7 @@ from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, s
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
 from longalign.model import attention
-from longalign.model.load import load_config, loads_weights, resolve_device, resolve_dtype, weights_of
+from longalign.model.load import RECORD, load_config, loads_weights, resolve_device, resolve_dtype, weights_of
 from longalign.preflight import (
     check_data,
     check_disk,
@@ -148,6 +150,8 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     config = resolve(config)
     run = Path(config.output_dir or "")
     check_run_folder(run, config)
+    if not dry_run:
+        refuse_second(run)
     check_loggers(config)
     data = check_data(config)
     parameters = count_parameters(config)
@@ -166,9 +170,10 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
         weights_of(config)  # a conversion happens here, once, and its errors are told before any worker starts
     replaces = config.overwrite and config.resume == "none" and run.is_dir()
     new = replaces or not run.is_dir()
+    number = 1 + max((int(old.name.rpartition("-")[2]) for old in replaced(run)), default=0)
+    waits = run.with_name(f"{run.name}.replaced-{number}")
     if replaces:
-        shutil.rmtree(replaced(run), ignore_errors=True)
-        run.rename(replaced(run))
+        run.rename(waits)
     try:
         manifest, how = prepare_plan(config, run)
         write_text(run / "config.yaml", to_yaml(config))
@@ -177,20 +182,22 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
         if new:
             shutil.rmtree(run, ignore_errors=True)
         if replaces:
-            replaced(run).rename(run)
+            waits.rename(run)
         raise
 
 
-def replaced(run: Path) -> Path:
-    """Where a run that overwrite=true replaces waits until the new one has ended well."""
-    return run.with_name(run.name + ".replaced")
+def replaced(run: Path) -> list[Path]:
+    """The runs that overwrite=true has replaced, which wait until a new one has ended well."""
+    found = run.parent.glob(f"{glob.escape(run.name)}.replaced-*")
+    return sorted(old for old in found if old.name.rpartition("-")[2].isdecimal())
 
 
 def is_finished(run: Path, config: Config) -> bool:
-    planned = read_json(run / "plan" / "manifest.json")["steps"]
-    rows = read_metrics(run / "metrics.jsonl")
-    done = bool(rows) and rows[-1]["step"] >= steps_to_train(planned, config)
-    return done and (run / "model" / "config.json").is_file()
+    """Whether all steps are done and the model is theirs, not of an earlier, shorter run in this folder."""
+    steps = steps_to_train(read_json(run / "plan" / "manifest.json")["steps"], config)
+    rows, record = read_metrics(run / "metrics.jsonl"), run / "model" / RECORD
+    done = bool(rows) and rows[-1]["step"] >= steps
+    return done and record.is_file() and read_json(record).get("step", 0) >= steps
 
 
 # -- starting it ----------------------------------------------------------------------------------------
@@ -214,10 +221,8 @@ def train(config: Config) -> int:
         case "slurm":
             return slurm.submit(config)
         case "torchrun":
-            if replaced(run).is_dir():
-                warn(
-                    f"the run that this one replaces is kept in {replaced(run)}: delete it when this one has ended well"
-                )
+            for old in replaced(run):
+                warn(f"the run that this one replaces is kept in {old}: delete it when this one has ended well")
             print(torchrun_command(config))
             return 0
 
@@ -255,13 +260,15 @@ def finish(config: Config, start: Callable[[], int]) -> int:
     if config.resume == "auto" and is_finished(run, config):
         console.print(f"this run is finished: {run}/model")
         return 0
-    try:
-        code = start()
-    finally:
-        if code == 0:
-            shutil.rmtree(replaced(run), ignore_errors=True)
-        elif replaced(run).is_dir():
-            warn(f"the run that this one was to replace is kept in {replaced(run)}")
+    with claim(run):
+        try:
+            code = start()
+        finally:
+            for old in replaced(run):
+                if code == 0:
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    warn(f"the run that this one was to replace is kept in {old}")
     if code == 1 and (told := heartbeat.hung(run / "logs", config.cluster.ranks)):
         console.print(told, soft_wrap=True)
     if code not in (0, 2):

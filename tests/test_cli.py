@@ -130,7 +130,7 @@ def test_a_model_that_lacks_weights_is_refused_and_the_old_run_kept(
     assert done.returncode == 2
     assert "lacks 1 weights of this model, among them model.layers.0.mlp.up_proj.weight" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "run.replaced" / "config.yaml").read_text() == "of an earlier run"
+    assert (tmp_path / "run.replaced-1" / "config.yaml").read_text() == "of an earlier run"
 
 
 def test_data_of_another_tokenizer_is_refused(

@@ -32,6 +32,7 @@ from longalign.cluster.link import BEAT_S, MARK, Message, listen, send
 from longalign.cluster.workers import STOP_SIGNALS, end, start_worker, tail, worker_environment
 from longalign.files import versions
 from longalign.schema import Config
+from longalign.streams import outlive_readers
 
 ORPHAN_S = 20.0  # for the ranks to save, once the launcher is lost
 REACH_S = 10.0
@@ -163,4 +164,5 @@ class Agent:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(Agent().run())

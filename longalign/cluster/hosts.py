@@ -15,7 +15,7 @@ from typing import Any
 
 from longalign.cluster import link
 from longalign.cluster.agent import PACKAGES, fingerprints
-from longalign.cluster.workers import cause, on_stop, stopping
+from longalign.cluster.workers import cause, insists, on_stop, stopping
 from longalign.errors import UserError
 from longalign.files import versions
 from longalign.progress import console
@@ -139,8 +139,8 @@ def run_hosts(command: list[str], config: Config, names: list[str], logs: Path) 
     """Run the ranks of every host and wait for all; returns the exit code of the run.
 
     The output of rank 0 is shown, and each rank has a log, logs/HOST-rank-N.log. The first Ctrl-C or SIGTERM reaches
-    every rank, for them to save and stop; a second one kills them. When a rank fails, or a host is lost, that is shown
-    and all others are ended. Raises UserError, before any rank has started, if the hosts do not fit together.
+    every rank, for them to save and stop; a second Ctrl-C kills them. When a rank fails, or a host is lost, that is
+    shown and all others are ended. Raises UserError, before any rank has started, if the hosts do not fit together.
     """
     hosts = Hosts()
     try:
@@ -204,7 +204,8 @@ def check_same(
 
 def watch(hosts: Hosts, config: Config) -> int:
     """Show rank 0's output until all have ended, or one has failed; returns the exit code."""
-    stops: list[int] = []
+    asked: list[int] = []  # signals to this process
+    stopped = 0  # the first signal that makes all save and stop, to this process or to a host's agent
     held: deque[tuple[float, str]] = deque()
     failed = 0
     with on_stop(lambda number: hosts.inbox.put((None, {"stop": number}))):
@@ -212,18 +213,19 @@ def watch(hosts: Hosts, config: Config) -> int:
             host, message = hosts.hear()
             match message:
                 case {"stop": number}:
-                    stops.append(number)
-                    hosts.send(signal=number if len(stops) == 1 else int(signal.SIGKILL))
-                    if len(stops) == 1:
+                    asked.append(number)
+                    stopped = stopped or number
+                    hosts.send(signal=int(signal.SIGKILL) if insists(asked) else number)
+                    if len(asked) == 1:
                         console.print(stopping(config))
                 case {"stopped": number}:  # a scheduler stopped that host: its ranks make all others save and stop
-                    stops.append(number)
+                    stopped = stopped or number
                 case {"output": text}:
                     held.append((time.monotonic(), text))
                 case {"failed": rank}:
                     assert host
                     failed = 2 if rank["code"] == 2 else 1
-                    if len(stops) < 2:  # else killed as asked
+                    if not insists(asked):  # else killed as asked
                         told = f"{host.name} rank {rank['rank']} failed with {cause(rank['code'])}"
                         report(f"{told}; the end of {rank['log']}:", rank["tail"])
                 case {"done": True}:
@@ -238,7 +240,7 @@ def watch(hosts: Hosts, config: Config) -> int:
                 show(held.popleft()[1])
     if not failed:
         show("".join(text for _, text in held))
-    return 128 + stops[0] if stops and (not failed or len(stops) > 1) else failed
+    return 128 + stopped if stopped and (not failed or insists(asked)) else failed
 
 
 def show(text: str) -> None:

@@ -20,6 +20,7 @@ from longalign.errors import UserError
 from longalign.files import write_text
 from longalign.progress import console
 from longalign.schema import Config
+from longalign.streams import outlive_readers
 from longalign.train import checkpoint
 
 
@@ -103,4 +104,5 @@ def main(frozen: str) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1]))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from longalign.progress import console, warn
 from longalign.schema import Config
-from longalign.train.heartbeat import DUMP
+from longalign.train.heartbeat import DUMP, read
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TAIL = 4000  # bytes of a failed rank's log that are shown
@@ -102,6 +102,11 @@ def end(processes: list[subprocess.Popen[bytes]], grace: float = 5.0, dump: bool
             process.wait()
 
 
+def insists(received: list[int]) -> bool:
+    """Whether these signals ask to kill: a second Ctrl-C. Schedulers may well repeat a SIGTERM."""
+    return signal.SIGINT in received[1:]
+
+
 @contextmanager
 def on_stop(handler: Callable[[int], None]) -> Iterator[None]:
     """Within the block SIGINT and SIGTERM call the handler (in a thread of a sweep they stay as they are)."""
@@ -132,23 +137,31 @@ def stopping(config: Config) -> str:
     return f"stopping: the step in progress is finished and saved; killed before that, {stands} (resume=auto)"
 
 
+def is_saved(run: Path) -> bool:
+    """Whether the step that rank 0 began last stands in a checkpoint: what is left can be done after resuming."""
+    from longalign.train.checkpoint import complete, step_of
+
+    newest, beats = complete(run / "checkpoints"), read(run / "logs", 1)
+    return bool(newest and beats) and step_of(newest[-1]) >= beats[0]["step"]
+
+
 def run_workers(command: list[str], config: Config, logs: Path) -> int:
     """Run one process per rank on this host and wait for all; returns the exit code of the run.
 
     Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
-    workers to save and stop; a second one kills them, and so does 0.9 of grace_s after a SIGTERM, whose sender is about
-    to kill everything. When a rank fails the others are ended and its log is shown.
+    workers to save and stop; a second Ctrl-C kills them, and so does 0.9 of grace_s after a SIGTERM, whose sender is
+    about to kill everything. When a rank fails the others are ended and its log is shown.
     """
     logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
     workers: list[subprocess.Popen[bytes]] = []
-    deadline = math.inf
+    deadline, overdue, told = math.inf, False, False
 
     def forward(number: int) -> None:
         nonlocal deadline
         received.append(number)
         for worker in workers:
-            worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+            worker.send_signal(signal.SIGKILL if insists(received) else number)
         if number == signal.SIGTERM:
             deadline = min(deadline, time.monotonic() + 0.9 * config.grace_s)
 
@@ -159,21 +172,25 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                 log = None if rank == 0 else logs / f"rank-{rank}.log"
                 environment = worker_environment(config, rank, port)
                 workers.append(start_worker(command, environment, log, if_orphaned=signal.SIGTERM))
-            failed = None
-            told = False
-            while failed is None and any(worker.poll() is None for worker in workers):
+            while True:
+                codes = [worker.poll() for worker in workers]
+                # A mistake that the user can mend (2) comes before what follows from it on other ranks.
+                failed = codes.index(2) if 2 in codes else next((rank for rank, code in enumerate(codes) if code), None)
+                if failed is not None or None not in codes:
+                    break
                 time.sleep(0.1)
                 if received and not told:
                     console.print(stopping(config))
                     told = True
-                failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
                 if time.monotonic() > deadline:
-                    warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
-                    received.append(signal.SIGKILL)
+                    overdue = True
+                    if not is_saved(Path(config.output_dir or "")):
+                        warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
                     break
         finally:
-            end(workers, grace=5.0 if len(received) < 2 else 0.0, dump=not received)
-    if received and (failed is None or len(received) > 1):
+            killed = overdue or insists(received)
+            end(workers, grace=0.0 if killed else 5.0, dump=not received)
+    if received and (failed is None or killed):
         return 128 + received[0]
     if failed is None:
         return 0

@@ -76,7 +76,7 @@ def latest(run: Path) -> str:
 
 def abandon_after(folder: Path, step: int) -> None:
     """Rename checkpoints beyond the one resumed from: they belong to a course of training that was left."""
-    dist.barrier()  # all ranks have chosen their checkpoint among the names that stand here now
+    dist.barrier()  # all ranks have loaded
     if dist.get_rank() == 0:
         for path in complete(folder):
             if step_of(path) > step:
@@ -92,35 +92,44 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's names and sizes, None if nothing."""
     try:
         record = read_json(checkpoint / RECORD)
-        if record.get("layout") != LAYOUT:
+        if "checksum" not in record and record.get("layout") != LAYOUT:
             return None  # `check` tells more
         files = read_record(checkpoint)["files"]
-    except (ValueError, KeyError, AttributeError) as error:
+        for file, size in files.items():
+            path = checkpoint / file
+            if not path.is_file():
+                return f"{file} is missing"
+            if path.stat().st_size != size:
+                return f"{file} has {path.stat().st_size} bytes of {size}"
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         return str(error) if RECORD in str(error) else f"{RECORD} is cut short"
-    for file, size in files.items():
-        path = checkpoint / file
-        if not path.is_file():
-            return f"{file} is missing"
-        if path.stat().st_size != size:
-            return f"{file} has {path.stat().st_size} bytes of {size}"
+    except OSError as error:
+        return f"it cannot be read: {error}"
     return None
+
+
+def indexes(checkpoint: Path) -> list[Path]:
+    """Those of a whole checkpoint, as its record names them: a host's listing of the folder may be stale."""
+    files = read_json(checkpoint / RECORD).get("files", {})
+    return [checkpoint / file for file in sorted(files) if file.endswith(".json")]
 
 
 def bit_damage(checkpoint: Path, rank: int, ranks: int) -> str | None:
     """What is wrong with the content of this rank's share of a checkpoint's files, None if nothing."""
-    for number, path in enumerate(sorted(checkpoint.glob("rank-*.json"))):
-        if number % ranks != rank:
-            continue
-        try:
-            index = read_json(path)
-            wanted, found = index["checksum"], xxhash.xxh3_128(repr(index["pieces"]).encode())
-        except (ValueError, KeyError):
-            return f"{path.name} is no index"
-        with open(data := path.with_suffix(".bin"), "rb") as file:
-            while block := file.read(BLOCK):
-                found.update(block)
-        if found.hexdigest() != wanted:
-            return f"{data.name} does not have the checksum it was written with"
+    try:
+        for path in indexes(checkpoint)[rank::ranks]:
+            try:
+                index = read_json(path)
+                wanted, found = index["checksum"], xxhash.xxh3_128(repr(index["pieces"]).encode())
+            except (ValueError, KeyError, TypeError):
+                return f"{path.name} is no index"
+            with open(data := path.with_suffix(".bin"), "rb") as file:
+                while block := file.read(BLOCK):
+                    found.update(block)
+            if found.hexdigest() != wanted:
+                return f"{data.name} does not have the checksum it was written with"
+    except OSError as error:  # of the disk, perhaps under a part of the file alone
+        return f"it cannot be read: {error}"
     return None
 
 
@@ -132,11 +141,19 @@ def damage_seen_by_any(checkpoint: Path) -> str | None:
     return next((one for one in told if one), None)
 
 
-def find(config: Config, wrong_with: Any = damage) -> Path | None:
+def as_rank_0_sees(paths: list[Path]) -> list[Path]:
+    """Called by every rank: their hosts' listings of a shared folder may differ for a while."""
+    told: list[Any] = [paths]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def find(config: Config, together: bool = False) -> Path | None:
     """The checkpoint that `resume` means, None to start anew. Raises UserError if it is missing or damaged.
 
-    wrong_with: `damage`, or in a worker `damage_seen_by_any`.
+    together: called by every rank, which all get the same one and have looked at every byte.
     """
+    wrong_with = damage_seen_by_any if together else damage
     if config.resume == "none":
         return None
     if config.resume != "auto":
@@ -148,6 +165,7 @@ def find(config: Config, wrong_with: Any = damage) -> Path | None:
         return path
     assert config.output_dir is not None
     candidates = complete(Path(config.output_dir) / "checkpoints")
+    candidates = as_rank_0_sees(candidates) if together else candidates
     for path in reversed(candidates):
         wrong = wrong_with(path)
         if wrong is None:
@@ -177,7 +195,7 @@ def load(engine: Any, checkpoint: Path) -> None:
     """Restore weights and optimizer states, whatever layout wrote them. Called by every rank; each reads its part."""
     record = read_json(checkpoint / RECORD)
     saved: dict[str, list[tuple[int, int, int, np.ndarray]]] = {}  # name -> (start, stop, place in floats, file)
-    for path in sorted(checkpoint.glob("rank-*.json")):
+    for path in indexes(checkpoint):
         index = read_json(path)
         if not index["pieces"]:
             continue

@@ -29,8 +29,11 @@ def gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def export(engine: Any, config: Config, folder: Path) -> None:
-    """Write safetensors, config, tokenizer, chat template and the record of how to prompt it; by every rank."""
+def export(engine: Any, config: Config, folder: Path, step: int) -> None:
+    """Write safetensors, config, tokenizer, chat template and the record of how to prompt it; by every rank.
+
+    step: the last one trained.
+    """
     model = engine.module.model
     state = gather(model)
     if dist.get_rank() == 0:
@@ -41,6 +44,7 @@ def export(engine: Any, config: Config, folder: Path) -> None:
             template = {"template": data["template"], "chat_template_kwargs": data.get("chat_template_kwargs")}
             record = {
                 **template,
+                "step": step,
                 "max_length": config.max_length,
                 "base": config.init_from or config.model.path,
                 "split_special_tokens": tokenizer.split_special_tokens,

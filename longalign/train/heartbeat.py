@@ -1,6 +1,6 @@
 """Where each rank stands, for people who watch a run, and an end for a run that hangs.
 
-    RUN/logs/rank-N.heartbeat   what rank N began last and when: 512 bytes of JSON, written in place
+    RUN/logs/rank-N.heartbeat   what rank N began last and when: 2 KiB of JSON, written in place
     RUN/logs/rank-N.stacks      every thread's Python stack, if the rank made no progress for hang_timeout_s, or was
                                 ended because another rank failed
 
@@ -22,10 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from longalign.files import disk_errors
 from longalign.progress import ago
 
-SIZE = 512
+SIZE = 2048
 DUMP = signal.SIGUSR2  # on it a rank writes its stacks
 HUNG = "Timeout ("  # how faulthandler begins when time is up
 
@@ -87,8 +89,16 @@ class Heartbeat:
 
     def _write(self, **changes: Any) -> None:
         self.now |= {**changes, "time": time.time()}
-        # In place and of one size: about 5 microseconds, and no reader sees half of it.
-        os.pwrite(self.file, json.dumps(self.now).encode()[:SIZE].ljust(SIZE), 0)
+        put(self.file, self.now)
+
+
+def put(file: int, now: dict[str, Any]) -> None:
+    """Write a heartbeat, or leave the last one if the disk is full: it is for watchers, and ends no run.
+
+    In place and of one size: some microseconds, and no reader sees half of it.
+    """
+    with contextlib.suppress(OSError):
+        os.pwrite(file, json.dumps(now, ensure_ascii=False).encode(errors="replace")[:SIZE].ljust(SIZE), 0)
 
 
 # -- reading them ---------------------------------------------------------------------------------------
@@ -101,6 +111,15 @@ def read(logs: Path, ranks: int) -> dict[int, dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):
             found[rank] = json.loads((logs / f"rank-{rank}.heartbeat").read_text())
     return found
+
+
+def is_alive(beat: dict[str, Any]) -> bool:
+    """Whether the process of this host that wrote the heartbeat runs: not another that has got its number since."""
+    try:
+        process = psutil.Process(beat["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= beat["time"] + 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def position(beat: dict[str, Any]) -> str:
@@ -118,8 +137,8 @@ def hung(logs: Path, ranks: int) -> str | None:
     if not any(text.startswith(HUNG) for text in stacks.values()):
         return None
     beats = read(logs, ranks)
-    least = min(beat["beats"] for beat in beats.values())
-    behind = [rank for rank, beat in beats.items() if beat["beats"] == least]
+    least = min((beat["beats"] for beat in beats.values()), default=0)
+    behind = [rank for rank, beat in beats.items() if beat["beats"] == least] or list(stacks)
     lines = ["no progress for hang_timeout_s; where each rank stood:"]
     for rank, beat in beats.items():
         note = "   <- behind" if rank in behind and len(behind) < len(beats) else ""

@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from longalign.files import write_text
+from longalign.files import disk_errors, write_text
 from longalign.schema import Config
 from longalign.train.loggers import open_loggers
 
@@ -25,20 +25,25 @@ class Journal:
         self.run, self.writes = Path(config.output_dir or ""), writes
         self.loggers = open_loggers(config, done) if writes else []
         self.files: dict[str, TextIO] = {}
-        for name in KINDS if writes else ():
-            cut_after(self.run / f"{name}.jsonl", done)
+        with disk_errors(self.run, "output_dir"):
+            for name in KINDS if writes else ():
+                cut_after(self.run / f"{name}.jsonl", done)
 
     def write(self, name: Literal["metrics", "eval", "bad_steps"], row: dict[str, Any]) -> None:
-        """Add a row to NAME.jsonl; numbers that are not finite become null, as JSON has no others."""
+        """Add a row to NAME.jsonl; numbers that are not finite become null, as JSON has no others.
+
+        Raises UserError on a full disk.
+        """
         if not self.writes:
             return
-        if name not in self.files:
-            self.files[name] = open(self.run / f"{name}.jsonl", "a", encoding="utf-8", buffering=1)
         row = finite(row)
-        self.files[name].write(json.dumps(row) + "\n")
-        for logger in self.loggers:
-            if kind := KINDS[name]:
-                logger.log(kind, row)
+        with disk_errors(self.run / f"{name}.jsonl", "output_dir"):
+            if name not in self.files:
+                self.files[name] = open(self.run / f"{name}.jsonl", "a", encoding="utf-8", buffering=1)
+            self.files[name].write(json.dumps(row) + "\n")
+            for logger in self.loggers:
+                if kind := KINDS[name]:
+                    logger.log(kind, row)
 
     def close(self) -> None:
         for file in self.files.values():

@@ -10,6 +10,7 @@ A folder has its name when it is whole. Ranks meet in no collective but a barrie
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import threading
@@ -139,10 +140,13 @@ class Saver:
                         file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                write_json(path.with_suffix(".json"), {"pieces": index, "checksum": checksum.hexdigest()})
+                about_file = {"pieces": index, "checksum": checksum.hexdigest(), "bytes": path.stat().st_size}
+                write_json(path.with_suffix(".json"), about_file)
                 if dist.get_rank() > 0 or self._publish(partial, about):
                     self.saved = about["step"]
         except BaseException as error:
+            if dist.get_rank() > 0 and not partial.is_dir():
+                return  # rank 0 has failed, and tells why
             self.error = error
             with contextlib.suppress(OSError):
                 (partial / f"failed-{dist.get_rank():05d}").touch()
@@ -155,7 +159,10 @@ class Saver:
             if list(partial.glob("failed-*")):
                 return False
             time.sleep(0.05)
-        files = {f.name: f.stat().st_size for f in sorted(partial.glob("rank-*"))}
+        files: dict[str, int] = {}
+        for path in sorted(partial.glob("rank-*.json")):
+            index = path.read_bytes()  # which tells its rank's size: another host's view of that file may be older
+            files |= {path.with_suffix(".bin").name: json.loads(index)["bytes"], path.name: len(index)}
         write_record(partial, {**about, "files": files})
         flush_names(partial)
         final = self.folder / name(about["step"])

@@ -30,6 +30,7 @@ from longalign.forecast.run import advice
 from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
+from longalign.streams import outlive_readers
 from longalign.train import checkpoint
 from longalign.train.bad_steps import BadSteps, TooManyBadSteps, poisoned
 from longalign.train.breakdown import Breakdown
@@ -109,7 +110,7 @@ def train(config: Config) -> None:
 
 def take_up(config: Config, engine: Any, plan: Plan) -> int:
     """Load the checkpoint that `resume` means, if there is one; returns the steps that are done."""
-    start = checkpoint.find(config, checkpoint.damage_seen_by_any)
+    start = checkpoint.find(config, together=True)
     if start is None:
         return 0
     done = checkpoint.check(start, plan.manifest["identity"])
@@ -185,9 +186,11 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                         saver.save(bad_steps.last_good)
                         saver.finish()
                 raise bad_steps.error(saver.saved)
-            if stopped or (config.save_every and step % config.save_every == 0 and step < n_steps):
+            if stopped or step == n_steps or (config.save_every and step % config.save_every == 0):
                 with heartbeat.unwatched("checkpoint"):
                     saver.save(step)
+                    if stopped or step == n_steps:  # it stands before anything else may fail, or take long
+                        saver.finish()
                 began = time.monotonic()
             if stopped and step < n_steps:
                 break
@@ -196,15 +199,13 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                     evaluation.evaluate(step)
                 began = time.monotonic()
             heartbeat.watch()  # not in the first step, in which kernels may be compiled
-        with heartbeat.unwatched("checkpoint"):
-            saver.finish()
     journal.close()
     if stopped and saver.saved < n_steps:
         if rank == 0:
             print(f"stopped after step {saver.saved}, which {run}/checkpoints holds", file=sys.stderr)
         return False
     with heartbeat.unwatched("export"):
-        export(engine, config, run / "model")
+        export(engine, config, run / "model", n_steps)
     engine.destroy()
     return True
 
@@ -237,6 +238,7 @@ def leave() -> None:
 
 def main(paths: list[str]) -> int:
     """Run every frozen config in turn; returns the exit code (0 after a signal too: the launcher knows it sent it)."""
+    outlive_readers()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
     configs = [load_frozen(path) for path in paths]

@@ -29,7 +29,7 @@ def main(config_file: str, probe: str, result: str, folder: str | None = None) -
         print(f"error: {error}", file=sys.stderr)
         return 2
     if folder:
-        export(engine, config, Path(folder))
+        export(engine, config, Path(folder), step=0)
     shares = train_step(engine, *load(Path(probe)), config).double()
     dist.all_reduce(shares)
     if dist.get_rank() == 0:

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import yaml
 
 from longalign.errors import UserError
@@ -22,6 +21,7 @@ from longalign.progress import ago
 from longalign.sweep import RUNS
 from longalign.train import heartbeat
 from longalign.train.checkpoint import complete
+from longalign.train.heartbeat import is_alive
 
 QUIET_S = 120.0  # a rank of another host that says nothing for so long is told of: nothing more can be known from here
 RECENT = 20  # steps that speed and remaining time are taken from
@@ -133,12 +133,3 @@ class Run:
         if any(not is_alive(beat) for beat in here):
             return "killed", f"{ago(silent)} ago, with no word"
         return ("quiet", f"no sign of life for {ago(silent)}") if not here and silent > QUIET_S else ("running", "")
-
-
-def is_alive(beat: dict[str, Any]) -> bool:
-    """Whether the process of this host that wrote the heartbeat runs: not another that has got its number since."""
-    try:
-        process = psutil.Process(beat["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= beat["time"] + 1
-    except psutil.NoSuchProcess:
-        return False

@@ -160,6 +160,7 @@ def test_a_resumed_run_evaluates_every_step_once(runs: Path, tmp_path: Path, mak
         run = tmp_path / name
         shutil.copytree(runs / "one", run)
         shutil.rmtree(run / "model")
+        shutil.rmtree(run / "checkpoints" / "step-000005")
         assert complete(run / "checkpoints")[-1].name == "step-000004"
         rows = [row for row in read_metrics(run / "eval.jsonl") if row["step"] in kept]
         (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -34,7 +34,7 @@ STEPS = 24
 def words(base_words: list[str], data_dir: Path) -> list[str]:
     """24 steps of 27 samples on two processes, a checkpoint every 5."""
     made = [*base_words, f"data_dir={data_dir}", "strategy=naive", "strategy.batch_size=27", "cluster.processes=2"]
-    return [*made, "cluster.zero_stage=2", "epochs=100", f"max_steps={STEPS}", "lr=1e-2", "save_every=5", "keep_last=2"]
+    return [*made, "cluster.zero_stage=2", "epochs=100", f"max_steps={STEPS}", "lr=1e-2", "save_every=5", "keep_last=3"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def resume(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_run_folder(whole: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "plan"} <= {p.name for p in whole.iterdir()}
-    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-000015", "step-000020"]
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [f"step-0000{n}" for n in (15, 20, 24)]
     rows = read_metrics(whole / "metrics.jsonl")
     keys = "step epoch loss loss_sequence loss_token loss_by_source loss_by_length lr grad_norm skipped tokens targets sequences packs tokens_per_s step_s time peak_mem_gb"
     assert list(rows[0]) == keys.split()
@@ -98,6 +98,7 @@ def test_exported_model_is_plain_transformers(whole: Path) -> None:
     assert model(torch.tensor([tokenizer(text)["input_ids"]])).logits.isfinite().all()
     assert "longalign" not in (whole / "model" / "config.json").read_text()
     assert json.loads((whole / "model" / "longalign.json").read_text())["template"] == "longalign-llama"
+    assert json.loads((whole / "model" / "longalign.json").read_text())["step"] == STEPS
 
 
 def stop(process: subprocess.Popen[str], number: int, code: int, folder: Path) -> None:
@@ -173,7 +174,8 @@ def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
         "worker.train_step = slowly\n"
         "sys.exit(worker.main(sys.argv[1:]))\n"
     )
-    config, sent = run_config(tmp_path / "run", *words, "grace_s=2"), []
+    config, _ = launch.prepare_run(run_config(tmp_path / "run", *words, "grace_s=2"), dry_run=False)
+    command, sent = [sys.executable, str(slow), f"{config.output_dir}/config.yaml"], []
 
     def terminate() -> None:
         wait_for_step(tmp_path / "run", 6)
@@ -182,7 +184,7 @@ def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
 
     thread = threading.Thread(target=terminate)
     thread.start()
-    code = launch.finish(config, lambda: launch_all([config], tmp_path, worker=[str(slow)]))
+    code = launch.finish(config, lambda: launch.run_workers(command, config, tmp_path / "logs"))
     thread.join()
     assert code == 143
     assert time.monotonic() - sent[0] < 5
@@ -220,6 +222,7 @@ def test_damaged_checkpoints_are_skipped_and_refused(
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000024")
     flipped, newest = sorted(checkpoints.iterdir())
     shutil.copytree(flipped, checkpoints / "step-000014")  # any name: what it holds says which step
     whole_record = (newest / "checkpoint.json").read_text()
@@ -257,7 +260,7 @@ def test_resumes_on_other_ranks_and_stages(
     alone = [resumed(f"one{stage}", first, stage, 1) for stage in (0, 1, 3)]
     assert launch_all(alone, tmp_path / "a") == 0
     assert {p.name for p in (tmp_path / "one3" / "checkpoints").iterdir()} == {
-        f"step-0000{step}" for step in (20, 22, 23)
+        f"step-0000{step}" for step in (20, 23, 24)
     }, "the last two, and every twentieth"
     back = [(3, 0), (0, 3), (1, 2)]
     pairs = [resumed(f"two{to}", tmp_path / f"one{of}" / "checkpoints" / "step-000020", to, 2) for of, to in back]
@@ -289,7 +292,7 @@ def test_what_cannot_be_resumed_is_refused(
     assert "this run is finished" in finished.stderr
     assert "continues it" in refused(f"resume={whole}/checkpoints/step-000020"), "not over another run"
     assert "another plan (seed changed)" in refused("resume=auto", "seed=8")
-    record = tmp_path / "run" / "checkpoints" / "step-000020" / "checkpoint.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "layout": 1}))
+    record = tmp_path / "run" / "checkpoints" / "step-000024" / "checkpoint.json"
+    record.write_text(json.dumps({"step": STEPS, "layout": 1}))
     assert "has the layout of an older longalign" in refused("resume=auto")
     assert_same(tmp_path / "run", whole)
