@@ -21,6 +21,7 @@ import xxhash
 
 from longalign.errors import UserError
 from longalign.files import read_json, write_json
+from longalign.model.load import RECORD as EXPORTED
 from longalign.progress import warn
 from longalign.schema import Config
 from longalign.train import state
@@ -74,15 +75,17 @@ def latest(run: Path) -> str:
     return f"the checkpoint of step {step_of(found[-1])} stands; resume=auto continues from it"
 
 
-def abandon_after(folder: Path, step: int) -> None:
-    """Rename checkpoints beyond the one resumed from: they belong to a course of training that was left."""
+def abandon_after(run: Path, step: int) -> None:
+    """Rename checkpoints and model beyond the step resumed from: they belong to a course of training that was left."""
     dist.barrier()  # all ranks have loaded
     if dist.get_rank() == 0:
-        for path in complete(folder):
-            if step_of(path) > step:
-                left = folder / f"abandoned-{path.name}"
-                shutil.rmtree(left, ignore_errors=True)  # of an earlier time
-                path.rename(left)
+        beyond = [path for path in complete(run / "checkpoints") if step_of(path) > step]
+        if (record := run / "model" / EXPORTED).is_file() and read_json(record).get("step", 0) > step:
+            beyond.append(run / "model")  # else the new course would be taken for finished by it
+        for path in beyond:
+            left = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(left, ignore_errors=True)  # of an earlier time
+            path.rename(left)
 
 
 # -- is it whole? ---------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def take_up(config: Config, engine: Any, plan: Plan) -> int:
         return 0
     done = checkpoint.check(start, plan.manifest["identity"])
     checkpoint.load(engine, start)
-    checkpoint.abandon_after(Path(config.output_dir or "") / "checkpoints", done)
+    checkpoint.abandon_after(Path(config.output_dir or ""), done)
     return done
 
 

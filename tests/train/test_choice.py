@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import xxhash
 
 from longalign.cluster.workers import run_workers
@@ -69,6 +70,23 @@ def test_a_changed_record_is_damage(tmp_path: Path) -> None:
     assert checkpoint.damage(folder) is None, "of an older longalign"
     with pytest.raises(UserError, match="older longalign"):
         checkpoint.check(folder, {})
+
+
+def test_what_lies_beyond_the_step_resumed_from_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice from step 5, then from step 12: an older model would be taken for the end of the new course."""
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    names = lambda: sorted(path.name for path in (*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()))
+    made(tmp_path, 5)
+    for _ in range(2):
+        made(tmp_path, 10)
+        (tmp_path / "model").mkdir()
+        write_json(tmp_path / "model" / "longalign.json", {"step": 12})
+        checkpoint.abandon_after(tmp_path, 5)
+        assert names() == ["abandoned-model", "abandoned-step-000010", "checkpoints", "step-000005"]
+    (tmp_path / "abandoned-model").rename(tmp_path / "model")
+    checkpoint.abandon_after(tmp_path, 12)
+    assert "model" in names(), "of the very step that a longer run goes on from"
 
 
 def test_what_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
