@@ -138,11 +138,11 @@ def stopping(config: Config) -> str:
 
 
 def is_saved(run: Path) -> bool:
-    """Whether the step that rank 0 began last stands in a checkpoint: what is left can be done after resuming."""
+    """Whether rank 0 is done, or the step that it began last stands in a checkpoint: the rest can wait for a resume."""
     from longalign.train.checkpoint import complete, step_of
 
     newest, beats = complete(run / "checkpoints"), read(run / "logs", 1)
-    return bool(newest and beats) and step_of(newest[-1]) >= beats[0]["step"]
+    return bool(newest and beats) and (bool(beats[0]["ended"]) or step_of(newest[-1]) >= beats[0]["step"])
 
 
 def run_workers(command: list[str], config: Config, logs: Path) -> int:

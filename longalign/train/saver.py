@@ -117,6 +117,13 @@ class Saver:
             self.thread = None
         self.poll()
 
+    def keep(self, step: int) -> None:
+        """Have the state after `step`, which the engine holds, stand in a checkpoint before this returns."""
+        self.finish()
+        if step > self.saved:
+            self.save(step)
+            self.finish()
+
     def _copy(self, owned: list[state.Piece], floats: int) -> torch.Tensor:
         like = owned[0].flat if owned else torch.empty(0)
         copy, at = self.host.buffer((0, 0), (floats,), like), 0

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine, learning_rate
 from longalign.train.evaluation import Evaluation
 from longalign.train.export import export
+from longalign.train.grace import Grace, TooLate
 from longalign.train.heartbeat import Heartbeat
 from longalign.train.metrics import Journal, peak_memory_gb
 from longalign.train.micro import micro_steps
@@ -58,8 +59,9 @@ def train_step(
     config: Config,
     breakdown: Breakdown | None = None,
     trace: Trace | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Forward, backward and update over the packs of one step.
+    """Forward, backward and update over the packs of one step. `between` two micro-steps it may be given up by raising.
 
     Returns this rank's shares of the three losses and, with a breakdown, of every group's, [3 + G].
     DeepSpeed averages gradients over ranks, hence loss * ranks; the weights already sum over the whole step, so
@@ -86,6 +88,8 @@ def train_step(
             trace.enter("data")
         trace.losses.append((samples, loss.detach()))
         shares = shares + share
+        if not is_last:
+            between()
     assert isinstance(shares, torch.Tensor), "a step has packs"
     return shares
 
@@ -119,9 +123,11 @@ def take_up(config: Config, engine: Any, plan: Plan) -> int:
     return done
 
 
-def over_ranks(shares: torch.Tensor) -> list[float]:
-    """Whether any rank was told to stop, so that all stop after this very step; then the sums of their shares."""
-    summed = torch.cat([torch.tensor([float(bool(_signal))], device=shares.device), shares.double()])
+def over_ranks(seconds: float, shares: torch.Tensor) -> list[float]:
+    """The mean of their seconds; whether any rank was told to stop, so that all stop after this very step; the sums of
+    their shares."""
+    mine = torch.tensor([seconds / dist.get_world_size(), float(bool(_signal))], device=shares.device)
+    summed = torch.cat([mine.double(), shares.double()])
     dist.all_reduce(summed)
     return summed.tolist()
 
@@ -142,7 +148,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
         with heartbeat.unwatched("evaluation"):
             evaluation.evaluate(done)
     saver = Saver(config, engine, plan.manifest["identity"], done)
-    stopped, began = 0.0, time.monotonic()
+    grace, stopped, lasted, began = Grace(config.grace_s, engine.device), 0.0, 0.0, time.monotonic()
 
     with saver, Bar("train", n_steps, "steps", done=done, quiet=rank != 0) as bar:
         for step in range(done + 1, n_steps + 1):
@@ -150,9 +156,17 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             for parameters in engine.optimizer.param_groups:
                 parameters["lr"] = lr
             trace.begin(step)
-            shares = train_step(engine, dataset, packs, config, breakdown, trace)
+            grace.begin(lasted)
+            try:
+                shares = train_step(engine, dataset, packs, config, breakdown, trace, lambda: grace.check(_signal))
+            except TooLate:
+                stopped = True
+                with heartbeat.unwatched("checkpoint"):
+                    saver.keep(step - 1)
+                break
             trace.enter("sync")
-            stopped, loss, loss_sequence, loss_token, *by_group = over_ranks(shares)
+            sums = over_ranks(time.monotonic() - grace.began, shares)
+            lasted, stopped, loss, loss_sequence, loss_token, *by_group = sums
             spent = trace.seconds()
             seconds, began = time.monotonic() - began, time.monotonic()
             grad_norm = float(engine.get_global_grad_norm())
@@ -181,16 +195,12 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
             saver.poll()
             if bad_steps.too_many:  # the weights are still those of the last good step
                 with heartbeat.unwatched("checkpoint"):
-                    saver.finish()
-                    if bad_steps.last_good > saver.saved:
-                        saver.save(bad_steps.last_good)
-                        saver.finish()
+                    saver.keep(bad_steps.last_good)
                 raise bad_steps.error(saver.saved)
-            if stopped or step == n_steps or (config.save_every and step % config.save_every == 0):
+            at_end = stopped or step == n_steps  # its checkpoint stands before anything else may fail, or take long
+            if at_end or (config.save_every and step % config.save_every == 0):
                 with heartbeat.unwatched("checkpoint"):
-                    saver.save(step)
-                    if stopped or step == n_steps:  # it stands before anything else may fail, or take long
-                        saver.finish()
+                    saver.keep(step) if at_end else saver.save(step)
                 began = time.monotonic()
             if stopped and step < n_steps:
                 break

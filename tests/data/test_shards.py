@@ -275,8 +275,17 @@ def test_without_a_fraction_nothing_is_held_out(tmp_path: Path, base_words: list
     words = [*base_words, *files_of(tmp_path)]
     assert run(words, tmp_path / "none")["ledger"]["long"]["rows_held_out"] == 0
     assert not (tmp_path / "none" / "eval").exists()
-    with pytest.raises(UserError, match=r"held out by eval_fraction=1"):
-        run(words, tmp_path / "all", "eval_fraction=1")
+
+
+def test_all_held_out_is_a_test_set_nearly_all_a_mistake(
+    tmp_path: Path, base_words: list[str], own_cache: Path
+) -> None:
+    words = [*base_words, *files_of(tmp_path)]
+    kept = len(load_from_disk(str(tmp_path / "none"))) if run(words, tmp_path / "none") else 0
+    assert run(words, tmp_path / "all", "eval_fraction=1")["samples"] == 0
+    assert len(load_from_disk(str(tmp_path / "all/eval"))) == kept > 0
+    with pytest.raises(UserError, match=r"no sample is left to train on: .* held out by eval_fraction=0.9999"):
+        run(words, tmp_path / "most", "eval_fraction=0.999999")
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
