@@ -71,7 +71,7 @@ def test_the_end_of_the_grace_is_told_if_the_step_is_lost(
     (tmp_path / "run" / "checkpoints" / "step-000007").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step-000007" / RECORD).write_text("{}")
     (tmp_path / "run" / "logs").mkdir()
-    (tmp_path / "run" / "logs" / "rank-0.heartbeat").write_text(json.dumps({"step": begun}))
+    (tmp_path / "run" / "logs" / "rank-0.heartbeat").write_text(json.dumps({"step": begun, "ended": None}))
     assert run(run_config(tmp_path / "run", "cluster.processes=2", "grace_s=1"), tmp_path, "hang", signals=1) == 143
     assert ("was not finished and saved within grace_s=1" in capfd.readouterr().err) is warned
 
