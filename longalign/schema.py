@@ -138,7 +138,7 @@ class Text(Strict):
     tokens: PositiveInt | None
 
 
-TaskKind = Literal["fact", "facts", "section", "first_last", "counting", "quoting", "multi_hop"]
+TaskKind = Literal["fact", "facts", "values", "section", "first_last", "counting", "quoting", "multi_hop"]
 
 
 class LongTasks(Strict):
@@ -148,6 +148,14 @@ class LongTasks(Strict):
     turns: PositiveInt
     kinds: Annotated[list[TaskKind], Field(min_length=1)]
     split: Literal["train", "test"]
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.kinds)) < len(self.kinds) or self.turns > len(self.kinds):
+            raise ValueError(
+                f"source.kinds without repeats, and source.turns of at most their number, {len(self.kinds)}"
+            )
+        return self
 
 
 ShortKind = Literal[
