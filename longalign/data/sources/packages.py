@@ -61,6 +61,11 @@ class Package(NamedTuple):
         licence = told.get("License-Expression") or short or ", ".join(classifiers) or "unknown"
         return cls(told.get("Name") or archive.name.partition("-")[0], told.get("Version") or "", licence)
 
+    @property
+    def stem(self) -> str:
+        """Of file names."""
+        return re.sub(r"[^a-z0-9_-]+", "-", self.name.lower())
+
 
 def describe(config: Config, source: Packages) -> list[str]:
     """What would be read and written. Raises UserError if there is nothing to read."""
@@ -110,11 +115,13 @@ def prepare(config: Config, source: Packages) -> list[str]:
                     texts.append(text)
             rng = random.Random(f"packages {config.seed} {package.name} {package.version}")
             made, rest = join(texts, source, count, rng)
+            if made and package.licence == "unknown":
+                warn(f"{archive}: its metadata tell no licence; read it before you pass its documents on")
             if rest:
                 leave_out(str(archive), "rest below min_tokens", tokens=rest)
             for document, tokens in made:
-                numbers[package.name.lower()] += 1  # a package may come in two versions
-                name = f"{package.name.lower()}-{numbers[package.name.lower()]:04d}.txt"
+                numbers[package.stem] += 1  # a package may come in two versions
+                name = f"{package.stem}-{numbers[package.stem]:04d}.txt"
                 write_text(partial / name, document)
                 digest = hashlib.sha256(document.encode()).hexdigest()
                 written.append({"file": name, **package._asdict(), "tokens": tokens, "sha256": digest})
@@ -164,7 +171,7 @@ def text_of(file: str, data: bytes, seen: set[str]) -> tuple[str, str | None]:
         text = docstrings(file, decode(data)) if file.endswith(".py") else decode(data).replace("\r\n", "\n").strip()
     except (Unreadable, SyntaxError, ValueError, RecursionError):
         return "", "unreadable"
-    text = text.replace("\0", "")
+    text = text.replace("\0", "").encode(errors="replace").decode()  # code may write NUL, or half of a character
     if len(text) < LEAST:
         return "", "short"
     if sum(c.isalpha() or c == " " for c in text) < WORDS * len(text):

@@ -136,3 +136,28 @@ def test_nothing_usable_is_said(wheels: Path) -> None:
     assert done.returncode == 2
     assert "none has source.min_tokens=8000 of documentation" in done.stderr
     assert not (wheels.parent / "out/documents").exists()
+
+
+def test_a_package_cannot_choose_where_it_is_written(wheels: Path) -> None:
+    for n, name in enumerate(("../../evil", "a/b", "")):
+        path = wheel(wheels, f"p{n}", {"a.md": prose(f"topic {n}", 40)})
+        metadata = f"Name: {name}\nVersion: 1\n\n" if name else ""
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.md", prose(f"topic {n}", 40))
+            archive.writestr(f"p{n}-1.0.dist-info/METADATA", metadata)
+    manifest, _, said = run(wheels.parent, *TINY)
+    texts = {file.relative_to(wheels.parent) for file in wheels.parent.rglob("*.txt")}
+    assert texts == {Path("out/documents") / row["file"] for row in manifest["documents"]}
+    assert {row["name"] for row in manifest["documents"]} == {"../../evil", "a/b", "p2"}
+    assert {row["licence"] for row in manifest["documents"]} == {"unknown"}
+    assert all(f"p{n}-1.0-py3-none-any.whl: its metadata tell no licence" in said for n in range(3))
+
+
+def test_half_characters_that_code_writes_end_nothing(wheels: Path) -> None:
+    wheel(wheels, "alpha", {"a.py": '"""\\ud800 ' + prose("codes", 40) + '"""\n', "b.md": prose("guides", 40)})
+    manifest, dropped, _ = run(wheels.parent, *TINY)
+    text = "".join((wheels.parent / "out/documents" / row["file"]).read_text() for row in manifest["documents"])
+    joined = "".join(text.split())  # a document may end within a paragraph
+    assert "?Oncodes,part0:" in joined
+    assert "Onguides,part0:" in joined
+    assert not [row for row in dropped if row["reason"] == "unreadable"]
