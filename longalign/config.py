@@ -283,9 +283,13 @@ def _pydantic_messages(errors: Iterable[Any]) -> list[str]:
         given = key = ".".join(map(str, parts))
         while key not in KEYS and "." in key and not _is_free(key) and error["type"] != "extra_forbidden":
             key = key.rpartition(".")[0]
+        missing = error["type"] == "missing" and key == given
         if error["type"] == "extra_forbidden":
             wrong[f"unknown key {key!r}{nearest(key, KEYS)}"] = []
-        elif error["type"] == "missing" and key == given:
+        elif missing and key.startswith("task."):  # an experiment set others of a task that task= left out
+            task = key.rpartition(".")[0]
+            wrong[f"{task} has settings, but task= does not choose it; ~{task} leaves it out"] = []
+        elif missing:
             hint = "; a file of your own in a group starts with `defaults: [base]`" if "." in key else ""
             wrong[f"{key} is missing{hint}"] = []
         else:

@@ -151,6 +151,15 @@ def test_mistakes(word: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_an_experiments_settings_of_a_task_that_is_not_chosen() -> None:
+    with pytest.raises(UserError) as error:
+        compose_config("eval", ["experiment=smollm2_64k", "task=[needle,retrieval]"])
+    said = "task.heldout has settings, but task= does not choose it; ~task.heldout leaves it out"
+    assert str(error.value) == said
+    chosen = compose_config("eval", ["experiment=smollm2_64k", "~task.heldout"]).task
+    assert [name for name, settings in chosen if settings] == ["needle", "retrieval"]
+
+
 def test_free_sections_take_any_key() -> None:
     config = compose_config("train", ["model.config.num_hidden_layers=4", "cluster.deepspeed.zero_optimization.x=1"])
     assert config.model.config == {"num_hidden_layers": 4}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from longalign.errors import UserError
-from longalign.files import disk_errors, fresh_folder, require_disk
+from longalign.files import disk_errors, fresh_folder, require_disk, write_json
+from longalign.model.load import RECORD
 from longalign.progress import console
 
 SUFFIX = ".gguf"
@@ -48,6 +49,8 @@ def to_folder(file: Path, output: Path, dtype: torch.dtype, overwrite: bool) -> 
     with disk_errors(output, "output_dir"), fresh_folder(output, ("*",), overwrite) as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if tokenizer.chat_template:  # whatever preset model.path= is given to
+            write_json(folder / RECORD, {"template": "chat_template", "chat_template_kwargs": {}})
 
 
 def read_fields(file: Path) -> dict[str, Any]:

@@ -86,8 +86,12 @@ def template_settings(config: Config) -> dict[str, Any]:
 
 def load_template(config: Config) -> Template:
     """The encoder of conversations for this model. Raises UserError."""
-    settings = template_settings(config)
-    return Template(settings["template"], load_tokenizer(config), settings["chat_template_kwargs"])
+    settings, tokenizer = template_settings(config), load_tokenizer(config)
+    name = settings["template"]
+    if name not in ("chat_template", "text") and tokenizer.chat_template and not read_record(config.model.path):
+        also = f"asked with {name}; template=chat_template takes its own"
+        note(f"model.path={config.model.path} has a chat template of its own; {also}")
+    return Template(name, tokenizer, settings["chat_template_kwargs"])
 
 
 def _told_config(config: Config) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from longalign.config import compose_config
 from longalign.errors import UserError
 from longalign.model import gguf
+from longalign.model.load import load_template
 from tests.conftest import in_process
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
@@ -159,6 +160,18 @@ def test_tokens_and_template(tmp_path: Path) -> None:
     ids = tokenizer.encode(said)
     assert (ids[0], ids.count(1), ids.count(2)) == (1, 2, 1)
     assert tokenizer.decode(ids) == said
+
+
+def test_its_chat_template_is_used_whatever_preset_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """model=llama2-7b, the default, brings another; of a folder that nothing is recorded of, it is said."""
+    out = tmp_path / "out"
+    convert(write_gguf(tmp_path / "m.gguf", small_llama()), out)
+    config = compose_config("chat", ["model=llama2-7b", f"model.path={out}"])
+    assert load_template(config).name == "chat_template"
+    (out / "longalign.json").unlink()
+    assert load_template(config).name == "longalign-llama"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{out} has a chat template of its own; asked with longalign-llama" in said
 
 
 def test_dtype_and_overwrite(tmp_path: Path) -> None:
