@@ -38,13 +38,14 @@ TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
 BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
 MODEL = Path("models/smollm2-135m")
 
-SUITES = {"none": 0, "half": 150, "full": 300}  # long instructions; the paper: 0, 5,000 and 10,000
+SUITES = {"none": 0, "half": 100, "full": 200}  # long instructions; the paper: 0, 5,000 and 10,000
 STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
 SHOWN = RUNS / "full/packing+weighting/1"  # the run that verify, bench and chat are shown with
 
 Words = list[str]
+CLI = [sys.executable, "-m", "longalign.cli"]
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,10 @@ class Longalign:
         self.more = more
 
     def __call__(self, command: str, *words: str) -> Words:
-        return [
-            sys.executable,
-            "-m",
-            "longalign.cli",
-            command,
-            *words,
-            *self.more.get("model", []),
-            *self.more.get(command, []),
-        ]
+        return [*CLI, command, *words, *self.more.get("model", []), *self.more.get(command, [])]
 
     def prepare(self, source: str, *words: str) -> Words:
-        return [
-            sys.executable,
-            "-m",
-            "longalign.cli",
-            "prepare",
-            f"source={source}",
-            *words,
-            *self.more.get(source, []),
-        ]
+        return [*CLI, "prepare", f"source={source}", "model=smollm2-135m", *words, *self.more.get(source, [])]
 
 
 # -- the stages ----------------------------------------------------------------------------------------------
@@ -122,15 +107,15 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         command = longalign.prepare(source, f"model.path={model}", *words, f"output_dir={done.parent}")
         return Stage(name, done, lambda: command)
 
-    for part, samples in ((TRAIN, 300), (TEST, 70)):
+    for part, samples in ((TRAIN, 200), (TEST, 70)):
         split, documents = part.name, f"source.documents={part}/documents"
-        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40")  # some are very large
+        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=61000")
         yield prepare(f"documents:{split}", part / "documents.json", "packages", *wheels)
-        asked = (documents, f"source.samples={samples}", "source.turns=7", f"source.split={split}")  # one of each kind
+        asked = (documents, f"source.samples={samples}", "source.turns=8", f"source.split={split}")  # one of each kind
         yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
     yield prepare("text", TRAIN / "text.jsonl", "text", *text)
-    for part, seed, samples in ((TRAIN, 1, 2000), (TEST, 2, 250)):
+    for part, seed, samples in ((TRAIN, 1, 1000), (TEST, 2, 200)):
         asked = (f"seed={seed}", f"source.samples={samples}")
         yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", *asked)
 
@@ -224,7 +209,7 @@ def two_gpu_stages(longalign: Longalign) -> Iterator[Stage]:
 def run(stage: Stage, seconds_left: float) -> bool:
     """Run one stage; False if there was no time to finish it. Ends the process with a failed command's exit code."""
     words = stage.command()
-    shown = shlex.join(["longalign", *words[3:]] if words[1:3] == ["-m", "longalign.cli"] else words)
+    shown = shlex.join(["longalign", *words[3:]] if words[:3] == CLI else words)
     shown = shown.replace(sys.executable, "python")
     print(f"\n[{stage.name}]\n$ {shown}", flush=True)
     began, partial = time.monotonic(), stage.output and stage.output.with_name(stage.output.name + ".partial")

@@ -141,18 +141,35 @@ def comparison(records: dict[str, Record], rows: dict[str, str], plain: dict[str
     return markdown(["", "seeds", *wanted], table) + told
 
 
+def scores(records: dict[str, Record], row: str, task: str, key: str) -> list[Any]:
+    """What the runs of a row have of a task, those that have it."""
+    return [found for record in seeds(records, row) if (found := at("eval", "tasks", task, key)(record))]
+
+
+def title(name: str) -> str:
+    return f"{int(name):,}" if name.isdecimal() else name.replace("_", " ")
+
+
 def by_group(records: dict[str, Record], rows: dict[str, str], task: str, key: str) -> str:
     """Mean scores of a task by length or kind."""
-    held = {
-        label: [at("eval", "tasks", task, key)(record) for record in seeds(records, row)] for label, row in rows.items()
-    }
-    held = {label: [one for one in found if one] for label, found in held.items()}
+    held = {label: scores(records, row, task, key) for label, row in rows.items()}
     names = list(dict.fromkeys(name for found in held.values() for one in found for name in one))
     if not names:
         return ABSENT
     score = lambda found, name: cell([one[name]["score"] for one in found if name in one], ".2f")
-    head = [f"{int(name):,}" if name.isdecimal() else name.replace("_", " ") for name in names]
-    return markdown(["", *head], [[label, *(score(found, name) for name in names)] for label, found in held.items()])
+    table = [[label, *(score(found, name) for name in names)] for label, found in held.items()]
+    return markdown(["", *map(title, names)], table)
+
+
+def kinds_by_length(records: dict[str, Record], row: str) -> str:
+    """Mean scores of retrieval, every kind at every length."""
+    grids = scores(records, row, "retrieval", "grid")
+    if not grids:
+        return ABSENT
+    lengths = list(grids[0])
+    score = lambda kind, length: cell([grid[length][kind] for grid in grids], ".2f")
+    rows = [[title(kind), *(score(kind, length) for length in lengths)] for kind in grids[0][lengths[0]]]
+    return markdown(["", *map(title, lengths)], rows)
 
 
 def two_gpus(records: dict[str, Record]) -> str:
@@ -268,6 +285,7 @@ def write(folder: Path, page: Path, words: Path) -> None:
         "needle-by-length": by_group(records, every, "needle", "by_length"),
         "retrieval-by-length": by_group(records, every, "retrieval", "by_length"),
         "retrieval-by-kind": by_group(records, every, "retrieval", "by_kind"),
+        "retrieval-kinds-by-length": kinds_by_length(records, MAIN),
         "needles": needles(records, images),
         "curves": curves(records, images),
         "two-gpus": two_gpus(records),

@@ -111,6 +111,15 @@ def test_figures_of_a_comparison(records: dict[str, Any]) -> None:
     assert "short loss" not in told  # 2.04 and 2.2, seeds 0.04 apart
 
 
+def test_kinds_by_length(records: dict[str, Any]) -> None:
+    for seed, score in ((1, 0.5), (2, 1.0)):
+        grid = {"4096": {"multi_key": 0.0}, "65000": {"multi_key": score}}
+        records[f"full/packing/{seed}"]["eval"]["tasks"]["retrieval"] = {"grid": grid}
+    table = cells(results_page.kinds_by_length(records, "full/packing"))
+    assert table == {"multi key": {"": "multi key", "4,096": "0.00 (0.00 to 0.00)", "65,000": "0.75 (0.50 to 1.00)"}}
+    assert results_page.kinds_by_length(records, "full/naive") == "not measured"
+
+
 def test_rows_of_one_seed_are_not_said_to_be_alike(records: dict[str, Any]) -> None:
     rows = {"packing": "full/packing", "both": "full/packing+weighting"}
     assert "No two rows" not in results_page.comparison(records, rows, {})
