@@ -25,7 +25,7 @@ MEASURED: list[tuple[str, Policy, float, float, float]] = [
     ("mix", "budget", 8657, 132.0, 0),
     ("1x65536", "selective", 5607, 66.0, 0),
     ("64x1024", "selective", 11991, 66.0, 0),
-    ("1x65536", "budget", 5664, 129.9, 100e9),
+    ("1x65536", "budget", 5738, 129.9, 100e9),
     ("64x1024", "budget", 14880, 130.5, 100e9),
     ("mix", "budget", 8232, 130.1, 100e9),
     ("1x8192", "budget", 12617, 57.7, 100e9),
