@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,7 @@ from longalign.schema import Config
 from longalign.train.checkpoint import complete, step_of
 from longalign.train.grace import Grace, TooLate
 from longalign.train.metrics import read_metrics
-from tests.train.test_resume import wait_for_step
+from tests.train.test_resume import terminated
 
 MICRO_STEPS, SLEEP, STEPS = 4, 1.5, 4  # of a step; seconds of each; of a run
 
@@ -47,19 +44,9 @@ def test_a_long_step_is_given_up(
     truth, _ = launch.prepare_run(run_config(tmp_path / "truth", *words), dry_run=False)
     assert launch.train(truth) == 0
     config, _ = launch.prepare_run(run_config(tmp_path / "run", *words), dry_run=False)
-    command, sent = [sys.executable, str(slow), f"{config.output_dir}/config.yaml"], []
-
-    def terminate() -> None:
-        wait_for_step(tmp_path / "run", 2)
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    code = launch.finish(config, lambda: launch.run_workers(command, config, tmp_path / "logs"))
-    thread.join()
+    code, seconds = terminated(config, slow, 2)
     assert code == 143
-    assert time.monotonic() - sent[0] < 5, "within its grace, where the step takes six seconds"
+    assert seconds < 5, "within its grace, where the step takes six seconds"
     said = capfd.readouterr().err
     assert "was not finished" not in said
     assert "stopped after step 2" in said

@@ -46,6 +46,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
     return folder / "run"
 
 
+def terminated(config: Config, script: Path, step: int) -> tuple[int, float]:
+    """A run of the worker in `script`, told to end after `step`: its exit code, and the seconds that it took to end."""
+    command, sent = [sys.executable, str(script), f"{config.output_dir}/config.yaml"], []
+
+    def terminate() -> None:
+        wait_for_step(Path(str(config.output_dir)), step)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    code = launch.finish(config, lambda: launch.run_workers(command, config, script.parent / "logs"))
+    thread.join()
+    return code, time.monotonic() - sent[0]
+
+
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     command = [str(Path(sys.executable).with_name("longalign")), "train", *words, "output_dir=run"]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
@@ -175,19 +191,9 @@ def test_a_step_that_outlasts_the_grace_leaves_the_last_checkpoint(
         "sys.exit(worker.main(sys.argv[1:]))\n"
     )
     config, _ = launch.prepare_run(run_config(tmp_path / "run", *words, "grace_s=2"), dry_run=False)
-    command, sent = [sys.executable, str(slow), f"{config.output_dir}/config.yaml"], []
-
-    def terminate() -> None:
-        wait_for_step(tmp_path / "run", 6)
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    code = launch.finish(config, lambda: launch.run_workers(command, config, tmp_path / "logs"))
-    thread.join()
+    code, seconds = terminated(config, slow, 6)
     assert code == 143
-    assert time.monotonic() - sent[0] < 5
+    assert seconds < 5
     said = capfd.readouterr().err
     assert "was not finished and saved within grace_s=2" in said
     assert "the checkpoint of step 5 stands; resume=auto continues from it" in said
