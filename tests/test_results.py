@@ -20,41 +20,77 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import results  # noqa: E402
 import results_collect  # noqa: E402
 import results_page  # noqa: E402
+import results_stages  # noqa: E402
 
 
-def stage(folder: Path, code: str, **more: Any) -> results.Stage:
-    return results.Stage("a", folder / "done", lambda: [sys.executable, "-c", code, str(folder)], **more)
+def stage(folder: Path, code: str, name: str = "a", **more: Any) -> results_stages.Stage:
+    words = [sys.executable, "-c", code, str(folder / name)]
+    return results_stages.Stage(name, folder / f"{name}.done", lambda: words, folder, **more)
+
+
+DONE = "import os,sys,time; open(sys.argv[1] + '.done', 'w').close(); "
 
 
 def test_a_stage_is_noted_and_its_output_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert results.run(
-        stage(tmp_path, "import time; time.sleep(0.2); print('answer')", record=tmp_path, output=tmp_path / "out"), 60
-    )
+    answers = stage(tmp_path, DONE + "time.sleep(0.2); print('answer')", output=tmp_path / "out")
+    assert results_stages.run_all([answers]) == 0
     assert (tmp_path / "out").read_text() == "answer\n"
     noted = json.loads((tmp_path / "stages.jsonl").read_text())
     assert noted["stage"] == "a"
     assert noted["command"] in capfd.readouterr().out
     assert 0 < noted["seconds"] < 60
+    assert results_stages.run_all([answers]) == 0
+    assert "$" not in capfd.readouterr().out, "it is done"
 
 
 def test_time_that_is_up_stops_a_stage_and_leaves_nothing(tmp_path: Path) -> None:
     """The command gets SIGTERM, as a run that is to save needs it, and is waited for."""
-    code = "import os,signal,sys,time\nos.chdir(sys.argv[1])\nsignal.signal(signal.SIGTERM, lambda *_: (open('saved','w'), sys.exit(143)))\n"
+    code = "import os,signal,sys,time\nos.chdir(os.path.dirname(sys.argv[1]))\nsignal.signal(signal.SIGTERM, lambda *_: (open('saved','w'), sys.exit(143)))\n"
     code += "print('half', flush=True)\nopen('ready','w')\ntime.sleep(60)"
     began = time.monotonic()
-    assert not results.run(stage(tmp_path, code, record=tmp_path, output=tmp_path / "out"), 3)
+    assert results_stages.run_all([stage(tmp_path, code, output=tmp_path / "out")], seconds=3) == 0
     assert time.monotonic() - began < 30
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "stages.jsonl").exists()
 
 
-def test_a_failure_ends_with_its_exit_code(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
-        results.run(stage(tmp_path, "raise SystemExit(7)", record=tmp_path, output=tmp_path / "out"), 60)
-    assert ended.value.code == 7
-    assert not (tmp_path / "stages.jsonl").exists()
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_failure_ends_what_needs_it_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str], gpus: int) -> None:
+    broken = stage(tmp_path, "print('why', flush=True); raise SystemExit(7)", output=tmp_path / "out")
+    needy = stage(tmp_path, DONE, "b", needs=(broken.done,))
+    other = stage(tmp_path, DONE, "c")
+    assert results_stages.run_all([broken, needy, other], gpus) == 7
+    assert [json.loads(line)["stage"] for line in (tmp_path / "stages.jsonl").read_text().splitlines()] == ["c"]
     assert not (tmp_path / "out").exists()
+    said = capfd.readouterr().out
+    assert "[a] failed with exit code 7" in said
+    assert f"[b] was not run: it needs {broken.done}" in said
+
+
+def test_stages_on_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """a and b can only end if they run at the same time; c needs both GPUs, and d what c makes."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    tell = "import os,sys,time\nopen(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    wait = "while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), '{}')): time.sleep(0.05)\n"
+    end = "print('said by', sys.argv[1])\nopen(sys.argv[1] + '.done', 'w')"
+    a, b = (stage(tmp_path, tell + wait.format(other) + end, me) for me, other in (("a", "b"), ("b", "a")))
+    c = stage(tmp_path, tell + end, "c", gpus=2)
+    d = stage(tmp_path, tell + end, "d", needs=(c.done,))
+    more = stage(tmp_path, tell + end, "e", gpus=3)
+    assert results_stages.run_all([d, a, b, c, more], 2, 60) == 2
+    assert {(tmp_path / name).read_text() for name in "ab"} == {"5", "7"}
+    assert sorted((tmp_path / "c").read_text().split(",")) == ["5", "7"]
+    assert (tmp_path / "d").read_text() in ("5", "7")
+    rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows[2:]] == ["c", "d"]
+    assert [row["machine"][:5] for row in rows] == ["1 of ", "1 of ", "2 of ", "1 of "]
+    said = capfd.readouterr().out
+    assert "\nsaid by" not in said
+    assert (tmp_path / "a.log").read_text() == f"said by {tmp_path}/a\n"
+    assert "[e] was not run: it needs 3 GPUs" in said
 
 
 # -- the page ----------------------------------------------------------------------------------------------------

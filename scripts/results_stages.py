@@ -1,0 +1,110 @@
+"""Stages of results.py: what each needs and leaves, and running them, several at a time where there are GPUs for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from results_collect import machine, note
+
+Words = list[str]
+CLI = [sys.executable, "-m", "longalign.cli"]
+TAIL = 3000  # characters of a failed stage's log that are shown
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    done: Path  # exists once the stage is finished
+    command: Callable[[], Words]  # made when the stage begins: some depend on what earlier stages wrote
+    record: Path  # the folder that keeps the command, its seconds and the machine
+    needs: tuple[Path, ...] = ()  # exist before it can begin
+    output: Path | None = None  # what the command prints
+    gpus: int = 1
+
+
+class Running:
+    """A stage's process. beside: others run at the same time; it sees its own GPUs, and a log takes what it says."""
+
+    def __init__(self, stage: Stage, gpus: list[str], beside: bool):
+        self.stage, self.gpus, self.beside = stage, gpus, beside
+        words = stage.command()
+        shown = shlex.join(["longalign", *words[3:]] if words[:3] == CLI else words)
+        self.shown = shown.replace(sys.executable, "python")
+        print(f"\n[{stage.name}]\n$ {self.shown}", flush=True)
+        stage.record.mkdir(parents=True, exist_ok=True)
+        self.log = stage.record / f"{stage.name.replace(':', '-').replace('/', '-')}.log" if beside else None
+        self.partial = stage.output and stage.output.with_name(stage.output.name + ".partial")
+        said = open(self.log, "wb") if self.log else None
+        output = open(self.partial, "wb") if self.partial else said
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if beside else {}
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(words, stdout=output, stderr=said, env={**os.environ, **seen})
+        for file in filter(None, {output, said}):
+            file.close()
+
+    def finish(self) -> None:
+        """Keep what it made and how, or show how it failed."""
+        seconds, code = time.monotonic() - self.began, self.process.returncode
+        if code:
+            said = self.log.read_text(encoding="utf-8", errors="replace")[-TAIL:] if self.log else ""
+            print(f"{said}\n[{self.stage.name}] failed with exit code {code}", flush=True)
+            return
+        if self.partial and self.stage.output:
+            self.partial.replace(self.stage.output)
+        of = f"{len(self.gpus)} of " if self.beside else ""
+        note(self.stage.record, self.stage.name, self.shown, seconds, of + machine())
+        print(f"[{self.stage.name}] done in {seconds:,.0f} s", flush=True)
+
+
+def run_all(stages: list[Stage], gpus: int = 1, seconds: float = 1e9) -> int:
+    """Run the stages that are not done, in order; returns the first failure's exit code, 2 if a need is missing, or 0.
+
+    With several GPUs each stage has its own, and those run at the same time whose needs are there. A failure ends what
+    needs the stage, not the rest. When the seconds are over the running stages get SIGTERM, on which training saves.
+    """
+    deadline, code = time.monotonic() + seconds, 0
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    free = given.split(",")[:gpus] if given else [str(gpu) for gpu in range(gpus)]
+    beside = len(free) > 1
+    waiting = [stage for stage in stages if not stage.done.exists()]
+    running: list[Running] = []
+    try:
+        while time.monotonic() < deadline:
+            for stage in list(waiting):
+                if len(free) >= stage.gpus and all(path.exists() for path in stage.needs):
+                    waiting.remove(stage)
+                    mine, free = free[: stage.gpus], free[stage.gpus :]
+                    running.append(Running(stage, mine, beside))
+            ended = [one for one in running if one.process.poll() is not None]
+            for one in ended:
+                one.finish()
+                running.remove(one)
+                free += one.gpus
+                code = code or one.process.returncode
+            if not running and not ended:
+                break
+            time.sleep(0.05)
+    except KeyboardInterrupt:  # which the stages have got, too
+        codes = [one.process.wait() for one in running]
+        sys.exit(next(filter(None, codes), 130))
+    for one in running:
+        one.process.send_signal(signal.SIGTERM)
+    for one in running:
+        if one.process.wait():
+            print(f"\nout of time in {one.stage.name}: the same command goes on from there", flush=True)
+        else:
+            one.finish()
+    if running:
+        return code
+    for stage in waiting:
+        missing = ", ".join(str(path) for path in stage.needs if not path.exists())
+        print(f"[{stage.name}] was not run: it needs {missing or f'{stage.gpus} GPUs'}", flush=True)
+    return code or (2 if waiting else 0)
