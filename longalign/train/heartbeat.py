@@ -2,7 +2,7 @@
 
     RUN/logs/rank-N.heartbeat   what rank N began last and when: 2 KiB of JSON, written in place
     RUN/logs/rank-N.stacks      every thread's Python stack, if the rank made no progress for hang_timeout_s, or was
-                                ended because another rank failed
+                                ended because another rank failed; the traceback of its own error
 
 The time limit is kept by faulthandler's own thread in C, which needs no Python to run: a rank that hangs inside a
 library is ended, too. All ranks begin the same things in the same order, so the rank that has begun least is behind.
@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ class Heartbeat:
         self.timeout_s, self.watched, self.armed = timeout_s, False, 0.0
         with disk_errors(logs, "output_dir"):
             logs.mkdir(parents=True, exist_ok=True)
-            self.stacks = open(logs / f"rank-{rank}.stacks", "w")
+            self.stacks = open(logs / f"rank-{rank}.stacks", "w", errors="backslashreplace")
             self.file = os.open(logs / f"rank-{rank}.heartbeat", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         faulthandler.register(DUMP, self.stacks)
         self.now: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "beats": 0, "ended": None}
@@ -55,7 +56,9 @@ class Heartbeat:
         faulthandler.unregister(DUMP)
         signal.signal(DUMP, signal.SIG_IGN)  # else it would kill
         os.close(self.file)
-        self.stacks.close()
+        with contextlib.suppress(OSError), self.stacks:  # a full disk
+            if error:
+                traceback.print_exception(error, file=self.stacks)
 
     def beat(self, phase: str, **where: Any) -> None:
         """The rank begins `phase`; where: what else is to be told, kept until told otherwise."""

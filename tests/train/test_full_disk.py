@@ -39,10 +39,21 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None
         assert heartbeat.read(tmp_path, 1) == before
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is full")
+def test_stacks_that_cannot_be_written_hide_no_error(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.stacks").symlink_to(FULL)
+    with pytest.raises(RuntimeError, match="the cause"), heartbeat.Heartbeat(tmp_path, 0, None):
+        raise RuntimeError("the cause")
+
+
 def test_long_errors_in_any_script_are_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), heartbeat.Heartbeat(tmp_path, 0, None):
         raise RuntimeError("数\n🏖" * 150 + "\udcff")
     assert heartbeat.read(tmp_path, 1)[0]["ended"].startswith("failed: 数\n🏖数")
+    stacks = (tmp_path / "rank-0.stacks").read_text()
+    assert "in test_long_errors_in_any_script_are_told" in stacks, "where a rank failed"
+    assert "🏖" in stacks.splitlines()[-1]
+    assert heartbeat.hung(tmp_path, 1) is None
     (tmp_path / "rank-0.heartbeat").unlink()
     (tmp_path / "rank-0.stacks").write_text("Timeout (0:00:02)!\nThread 0x1 (most recent call first):\n  File x\n")
     assert "File x" in str(heartbeat.hung(tmp_path, 1)), "stacks of a rank whose heartbeat cannot be read"

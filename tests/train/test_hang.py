@@ -62,8 +62,10 @@ def test_who_hangs_is_shown(runs: Runs) -> None:
     assert "in sleep_for_ever" in runs.said, "the line where it sleeps"
     assert "faulty.py" in runs.said
     assert "resume=auto continues" in runs.said
-    for rank in (0, 1):
-        assert "most recent call first" in runs.stacks[rank], "the rank that waits tells where, too"
+    assert runs.stacks[1].startswith("Timeout (")
+    # The rank that waits writes where it is told to, or fails of the lost connection first.
+    assert "most recent call" in runs.stacks[0]
+    assert "in train_step" in runs.stacks[0]
     assert [row["step"] for row in runs.rows] == [1, 2, 3]
     assert (runs.state.how, runs.state.step, runs.state.checkpoint) == ("hung", 3, "step-000002")
     assert "in sleep_for_ever" in runs.state.why
