@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longalign.model.offload import Host, Key
 
 Where = Callable[[Any, Any], Literal["device", "host"] | None]  # of an operator and its arguments; None: compute again
+WRITTEN = object()  # in place of what was written to since: it is computed again
 
 
 class Kept:
@@ -35,6 +36,11 @@ class Kept:
         else:  # numbers and seeds stay where they are
             self.here[key] = (value.detach(), value._version) if is_tensor else (value, 0)
 
+    def written(self, key: Key) -> None:
+        """What was put there is no more what the operator gave."""
+        assert key in self.here, "a tensor on its way to host memory was written to"
+        self.here[key] = (WRITTEN, 0)
+
     def get(self, key: Key) -> Any:
         if key not in self.here:
             return self.host.take(key)
@@ -44,18 +50,31 @@ class Kept:
 
 
 class Keep(TorchDispatchMode):
-    """Of the forward pass."""
+    """Of the forward pass.
+
+    What is written to later in the layer is not kept: ZeRO-3's linear adds its bias to the product in place, and would
+    add it to the kept product once more. torch's version counters do not tell, as views made by _unsafe_view have
+    their own; so memory is compared.
+    """
 
     def __init__(self, kept: Kept, layer: int, where: Where):
         super().__init__()
         self.kept, self.layer, self.where, self.place = kept, layer, where, 0
+        self.keys: dict[int, Key] = {}  # by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        if self.keys and func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.is_write and isinstance(value, torch.Tensor)
+                if written and (key := self.keys.pop(value.untyped_storage().data_ptr(), None)):
+                    self.kept.written(key)
         if place := self.where(func, args):
             for value in outputs if isinstance(outputs, tuple | list) else (outputs,):
                 self.place += 1
                 self.kept.put((self.layer, self.place), value, place)
+                if isinstance(value, torch.Tensor):
+                    self.keys[value.untyped_storage().data_ptr()] = (self.layer, self.place)
         return outputs
 
 
@@ -73,4 +92,6 @@ class Recall(TorchDispatchMode):
         for _ in func._schema.returns:
             self.place += 1
             found.append(self.kept.get((self.layer, self.place)))
+        if any(value is WRITTEN for value in found):
+            return func(*args, **(kwargs or {}))
         return found[0] if len(found) == 1 else tuple(found)

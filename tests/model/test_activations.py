@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from longalign.data.batch import cut
 from longalign.model import attention, offload
@@ -58,6 +58,36 @@ def test_every_policy_gives_the_gradients_of_keeping_everything(policy: Policy, 
         for _ in range(2):  # offload uses its buffers again
             for name, gradient in gradients(module, batch, weights).items():
                 assert torch.equal(gradient, truth[name]), name
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "budget", "offload"])
+def test_a_bias_that_is_added_in_place_counts_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 puts such a linear in place of torch's, for the whole process."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    batch, weights = batch_of(40, 3, 25)
+    attention.install(model, "sdpa")
+    truth = gradients(WeightedLoss(model.train()), batch, weights)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    activations = Activations(model, policy)
+    for with_matmuls in (0, 1, 2):
+        activations.with_matmuls = with_matmuls
+        for name, gradient in gradients(WeightedLoss(model), batch, weights).items():
+            assert (gradient - truth[name]).norm() <= 1e-5 * truth[name].norm(), name
+        assert not activations.kept.here, "nothing stays behind"
 
 
 def test_what_is_computed_again(model_dir: Path) -> None:
