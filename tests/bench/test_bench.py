@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from longalign.bench.layouts import lengths
 from longalign.bench.plot import plot
 from longalign.config import compose_config
 from longalign.errors import UserError
+from longalign.schema import Config
 
 WORDS = ["model=tiny", "cluster=cpu", "max_length=512", "bench.repeat=2", "bench.warm_up=1"]
 
@@ -49,6 +52,34 @@ def test_whole_steps_run_the_training_engine(tmp_path: Path) -> None:
     of_pass, of_step = bench(tmp_path, *words, "bench.repeat=1")["rows"]
     assert (of_step["of"], of_step["tokens"]) == ("step", 3 * of_pass["tokens"])
     assert len(of_step["all_seconds"]) == 2, "one to warm up"
+
+
+def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And take GPU memory as workers do: the setting is there before CUDA is used, and child processes have it."""
+    from longalign.bench import step
+
+    built: list[Any] = []
+
+    def build(config: Config, _: int) -> None:
+        built.append(config)
+        raise InterruptedError
+
+    def start(command: list[str], **_: Any) -> SimpleNamespace:
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        with pytest.raises(InterruptedError):
+            step.main(*command[3:])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(step, "join", lambda _: None)
+    monkeypatch.setattr(step, "build_engine", build)
+    monkeypatch.setattr(run.subprocess, "run", start)
+    monkeypatch.setattr(run.attention, "choose_backend", lambda *_: ("varlen", "asked for"))
+    monkeypatch.setattr(run, "run_case", lambda *_: {"failed": "not run"})
+    bench(tmp_path, "bench.packs=[2x100]", "bench.attention=[varlen]", "bench.step_packs=2")
+    assert [(one.model.attention, one.activations) for one in built] == [("varlen", "budget")]
 
 
 def test_mix_is_long_and_short_and_fills_the_pack() -> None:
