@@ -67,11 +67,6 @@ def allocator(config: Config) -> str:
     return config.cluster.env.get(ALLOCATOR) or os.environ.get(ALLOCATOR) or "expandable_segments:True"
 
 
-def set_allocator(config: Config) -> None:
-    """The workers' setting in this process and in those that it starts; before CUDA is used, when torch reads it."""
-    os.environ[ALLOCATOR] = allocator(config)
-
-
 def start_worker(
     command: list[str], environment: dict[str, str], log: Path | None, if_orphaned: signal.Signals
 ) -> subprocess.Popen[bytes]:

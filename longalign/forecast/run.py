@@ -17,8 +17,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from longalign.bench.run import Case, run_case
-from longalign.cluster.workers import set_allocator
+from longalign.bench.run import Case, run_case, set_allocator
 from longalign.data.packing import deal
 from longalign.data.plan import Plan, group, identity, is_fresh, read_data, steps_to_train
 from longalign.errors import UserError

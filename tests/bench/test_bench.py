@@ -14,6 +14,7 @@ import pytest
 from longalign.bench import run
 from longalign.bench.layouts import lengths
 from longalign.bench.plot import plot
+from longalign.cluster.workers import ALLOCATOR, common_environment
 from longalign.config import compose_config
 from longalign.errors import UserError
 from longalign.schema import Config
@@ -55,7 +56,7 @@ def test_whole_steps_run_the_training_engine(tmp_path: Path) -> None:
 
 
 def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And take GPU memory as workers do: the setting is there before CUDA is used, and child processes have it."""
+    """And take GPU memory as a run's workers do."""
     from longalign.bench import step
 
     built: list[Any] = []
@@ -80,6 +81,28 @@ def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatc
     monkeypatch.setattr(run, "run_case", lambda *_: {"failed": "not run"})
     bench(tmp_path, "bench.packs=[2x100]", "bench.attention=[varlen]", "bench.step_packs=2")
     assert [(one.model.attention, one.activations) for one in built] == [("varlen", "budget")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "setting", "told_torch"),
+    [
+        (None, [], "expandable_segments:True", True),
+        ("max_split_size_mb:64", [], "max_split_size_mb:64", False),  # which torch has read
+        (None, ["cluster.env={PYTORCH_CUDA_ALLOC_CONF: 'max_split_size_mb:8'}"], "max_split_size_mb:8", True),
+    ],
+)
+def test_gpu_memory_is_taken_as_workers_take_it(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, words: list[str], setting: str, told_torch: bool
+) -> None:
+    config = compose_config("bench", [*WORDS, *words])
+    monkeypatch.setenv(ALLOCATOR, given or "")
+    assert common_environment(config)[ALLOCATOR] == setting
+    told: list[str] = []
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run.torch._C, "_accelerator_setAllocatorSettings", told.append)
+    run.set_allocator(config)
+    assert os.environ[ALLOCATOR] == setting
+    assert told == [setting] * told_torch
 
 
 def test_mix_is_long_and_short_and_fills_the_pack() -> None:
