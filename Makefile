@@ -33,7 +33,7 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 	$(LONGALIGN) train experiment=tiny_base output_dir=runs/tiny_base overwrite=true
 
 test: install  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; 19 minutes
 	$(BIN)/python -m pytest -m grid -rP
