@@ -28,12 +28,6 @@ TINY = Path(__file__).parent.parent / "longalign" / "assets" / "tiny"
 WORDS = ["the", "quiet", "lantern", "near", "mill", "keeps", "amber", "falcon", "golden", "river", "what", "is", "of"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def make_model(folder: Path, **changes: Any) -> Path:
     """A Llama of 0.1M parameters in `folder`, float32, with grouped queries and untied embeddings."""
     import torch
