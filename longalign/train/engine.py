@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 
 from longalign.model import attention, kernels, ulysses
@@ -104,6 +105,9 @@ def build_engine(config: Config, ranks: int) -> Any:
     if device == "cuda" and config.model.kernels == "auto":
         kernels.install(model)
     activations = Activations(model, resolve_policy(config, device))
+    if config.cluster.zero_stage == 3 and activations.policy == "offload":
+        # Ranks cut MLPs into unlike numbers of tiles: an MLP's weights are gathered for all of them, not for each.
+        set_z3_leaf_modules(model, [type(layer.mlp) for layer in activations.layers[:1]])
     model.train()
     groups = parameter_groups(model, config.weight_decay)
     if config.cluster.offload_optimizer:
