@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell printf ',gpu'))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo results tiny-base test test-grid test-faults check format clean
@@ -12,13 +13,13 @@ help:  ## this list
 	@echo "  model=                             $(PRESETS)"
 	@grep -hE '^[a-z0-9%+.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-34s %s\n", $$1, $$2}'
 
-install: $(VENV)/.installed  ## project and development tools into .venv
+install: $(VENV)/.installed  ## project and development tools into .venv, with the kernels for GPUs where there is one
 
 # DeepSpeed's setup imports torch, so torch comes first and DeepSpeed is built against it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel hatchling editables numpy
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: install  ## a small model learns to answer from long documents (two cores, a few minutes)

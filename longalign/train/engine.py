@@ -20,6 +20,7 @@ from longalign.model.load import load_model, loads_weights, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.model.rope import check_inv_freq, restore_inv_freq
 from longalign.schema import Config
+from longalign.train.state import make_moments
 
 
 def learning_rate(step: int, n_steps: int, config: Config) -> float:
@@ -133,4 +134,6 @@ def build_engine(config: Config, ranks: int) -> Any:
     engine.activations = activations
     restore_inv_freq(engine.module)  # DeepSpeed may cast or move buffers
     check_inv_freq(engine.module, config.model.rope.theta)
+    if config.cluster.offload_optimizer:
+        make_moments(engine, 0)  # at the first update they would find the host's memory full of activations
     return engine
