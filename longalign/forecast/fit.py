@@ -82,7 +82,7 @@ class Site(NamedTuple):
             self.fixed,
             self.room,
             cluster.sequence_parallel,
-            slices=cluster.ranks == 1 or cluster.zero_stage < 2,
+            slices=cluster.ranks == cluster.sequence_parallel,  # as worker.train_step
         )
 
     def predict(self, documents: Any) -> Pass | None:

@@ -88,8 +88,8 @@ def estimate(
 
     fixed: bytes of weights, gradients and states on the GPU. host_room: bytes of host memory for activations.
     sequence_parallel: GPUs that run the pack together, each an equal share of its tokens and of its attention.
-    slices: whether the pack may run in slices. Training cuts none where each would be one more round of ZeRO-2's or 3's
-    collectives on all ranks.
+    slices: whether the pack may run in slices. Training cuts none where other ranks have packs of their own, and would
+    wait for the one that has most.
     """
     lengths = np.asarray(documents, dtype=np.float64)
     tokens, size, layers = float(lengths.sum()) / sequence_parallel, Bytes.of(shape), shape["layers"]  # of one GPU
