@@ -129,9 +129,10 @@ def main(output: str, *numbers: str) -> int:
                 summarise(report, every)
                 write_json(file, report)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
         if folder:
-            write_text(folder / "failed.txt", str(error))
+            write_text(folder / "failed.txt", str(error))  # the launcher tells it
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     leave()
     return 0

@@ -50,17 +50,20 @@ def bench(config: Config, dry_run: bool) -> int:
         write_json(output / "bench.json", about(config, list(chosen)))
     code = run(config, list(chosen), output)
     report = read_json(output / "bench.json")
-    if not report["rows"]:
-        return code
-    console.print(table(report))
-    console.print(told_fit(report), soft_wrap=True)
-    plot_strategies(report, output / "bench.png")
-    console.print(f"written: {output}/bench.json, bench.png")
+    if report["rows"]:
+        console.print(table(report))
+    if any("failed" not in row for row in report["rows"]):
+        console.print(told_fit(report), soft_wrap=True)
+        plot_strategies(report, output / "bench.png")
+        console.print(f"written: {output}/bench.json, bench.png")
     return code
 
 
 def strategy_of(item: str, config: Config) -> Strategy:
-    """`NAME key=value ...`; strategy.key=value of the command line hold where the item says nothing. Raises UserError."""
+    """The strategy that `NAME key=value ...` means; the command line's strategy.key=value hold where it says nothing.
+
+    Raises UserError.
+    """
     name, *settings = item.split() or [""]
     defaults = compose_config("group", [f"strategy={config.strategy.name}"]).strategy.model_dump()
     given = {key: value for key, value in config.strategy.model_dump().items() if value != defaults[key]}
@@ -198,4 +201,5 @@ def told_fit(report: dict[str, Any]) -> str:
         return "idle: by FLOPs, since the micro-steps measured are too alike to tell what a document costs"
     linear, quadratic = fit["cost"]
     setting = f"strategy.cost=[{linear:.5g},{quadratic:.5g}], at least {fit['least']:.3g} s a micro-step"
-    return f"idle: by the seconds fitted to all micro-steps, {setting}; largest error {fit['largest_error']:.1%}"
+    off = f"off by {fit['error']:.1%} of all time, by {fit['largest_error']:.1%} at most"
+    return f"idle: by seconds fitted to all micro-steps, {setting}; {off}"

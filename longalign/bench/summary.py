@@ -85,27 +85,34 @@ def summarise(report: dict[str, Any], works: dict[str, Work]) -> None:
         fitted = PackSeconds.fit(documents, np.concatenate([*lasted, []]).tolist())
     except ValueError:
         fitted = None
-    worst = []
+    errors = []
     for row, took in zip(rows, lasted, strict=True):
-        work = works[row["strategy"]]
+        work, steps = works[row["strategy"]], row["steps"]
         by = fitted or (lambda documents, cost=work.cost: float(cost(documents).sum()))
         told = seconds_of(work.micro_steps, by)
-        seconds = sum(step["seconds"] for step in row["steps"])
+        errors.append(np.abs(told[:, 0] - took))
+        seconds, samples, tokens = (sum(step[name] for step in steps) for name in ("seconds", "samples", "tokens"))
         row |= {
             "seconds": seconds,
-            "samples": work.samples,
-            "tokens": work.tokens,
-            "step_s": seconds / len(row["steps"]),
-            "samples_per_s": work.samples / seconds,
-            "tokens_per_s_per_gpu": work.tokens / seconds / report["ranks"],
+            "samples": samples,
+            "tokens": tokens,
+            "step_s": seconds / len(steps),
+            "samples_per_s": samples / seconds,
+            "tokens_per_s_per_gpu": tokens / seconds / report["ranks"],
             "tflops_per_gpu": work.flop / seconds / report["ranks"] / 1e12,
-            "peak_bytes": max(step["peak_bytes"] for step in row["steps"]),
-            "epoch_s": seconds * work.epoch_tokens / work.tokens,
+            "peak_bytes": max(step["peak_bytes"] for step in steps),
+            "epoch_s": seconds * work.epoch_tokens / tokens,
             "idle": idle_share(told, took),
         }
-        worst.append(float(np.abs(told[:, 0] / took - 1).max()))
-        row["largest_error"] = worst[-1] if fitted else None
     naive = next((row["epoch_s"] for row in rows if row["settings"]["name"] == "naive"), None)
     for row in rows:
         row["epoch_of_naive"] = row["epoch_s"] / naive if naive else None
-    report["fit"] = {"cost": list(fitted.cost), "least": fitted.least, "largest_error": max(worst)} if fitted else None
+    report["fit"] = None
+    if fitted:
+        off, took = np.concatenate(errors), np.concatenate(lasted)
+        report["fit"] = {
+            "cost": list(fitted.cost),
+            "least": fitted.least,
+            "error": float(off.sum() / took.sum()),
+            "largest_error": float((off / took).max()),
+        }
