@@ -178,7 +178,7 @@ def table(report: dict[str, Any]) -> Table:
         made.add_column(column, justify="right")
     for row in report["rows"]:
         if "failed" in row:
-            made.add_row(row["strategy"], row["failed"].splitlines()[0])
+            made.add_row(row["strategy"], "failed")
             continue
         rates = f"{row['samples_per_s']:,.2f}", f"{row['tokens_per_s_per_gpu']:,.0f}", f"{row['tflops_per_gpu']:,.3g}"
         share = "" if row["epoch_of_naive"] is None else f"{row['epoch_of_naive']:.3f}"

@@ -8,6 +8,7 @@ strategies measured; and the other ranks' documents are given the seconds which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,11 @@ class Work(NamedTuple):
     @property
     def predicted_idle(self) -> float:
         """The share of time that ranks wait, if time is FLOPs."""
-        flop = seconds_of(self.micro_steps, lambda documents: float(self.cost(documents).sum()))
+        flop = seconds_of(self.micro_steps, self.flop_of)
         return idle_share(flop, flop.max(axis=1))
+
+    def flop_of(self, documents: np.ndarray) -> float:
+        return float(self.cost(documents).sum())
 
 
 def work_of(folder: Path) -> Work:
@@ -60,7 +64,7 @@ def work_of(folder: Path) -> Work:
     return Work(steps, micro_steps, len(run), int(run.sum()), float(cost(run).sum()), total, cost)
 
 
-def seconds_of(micro_steps: list[list[np.ndarray]], seconds: Any) -> np.ndarray:
+def seconds_of(micro_steps: list[list[np.ndarray]], seconds: Callable[[np.ndarray], float]) -> np.ndarray:
     """seconds(documents) of every group at every micro-step, float [M, G]; 0 for a group that has no pack left."""
     return np.array([[seconds(mine) if len(mine) else 0.0 for mine in of_groups] for of_groups in micro_steps])
 
@@ -88,7 +92,7 @@ def summarise(report: dict[str, Any], works: dict[str, Work]) -> None:
     errors = []
     for row, took in zip(rows, lasted, strict=True):
         work, steps = works[row["strategy"]], row["steps"]
-        by = fitted or (lambda documents, cost=work.cost: float(cost(documents).sum()))
+        by: Callable[[np.ndarray], float] = fitted or work.flop_of
         told = seconds_of(work.micro_steps, by)
         errors.append(np.abs(told[:, 0] - took))
         seconds, samples, tokens = (sum(step[name] for step in steps) for name in ("seconds", "samples", "tokens"))

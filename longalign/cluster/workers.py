@@ -150,8 +150,8 @@ def run_workers(command: list[str], config: Config, logs: Path, saves: bool = Tr
 
     Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
     workers to save and stop; a second Ctrl-C kills them, and so does 0.9 of grace_s after a SIGTERM, whose sender is
-    about to kill everything. When a rank fails the others are ended and its log is shown. saves: whether there is a
-    checkpoint to speak of after a signal.
+    about to kill everything. When a rank fails the others are ended and its log is shown. saves=False: they have
+    nothing to save, and a signal ends them.
     """
     logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
@@ -191,7 +191,7 @@ def run_workers(command: list[str], config: Config, logs: Path, saves: bool = Tr
         finally:
             killed = overdue or insists(received)
             end(workers, grace=0.0 if killed else 5.0, dump=not received)
-    if received and (failed is None or killed):
+    if received and (failed is None or killed or not saves):
         return 128 + received[0]
     if failed is None:
         return 0

@@ -279,6 +279,34 @@ def test_ranks_that_die_or_are_stopped_leave_what_was_measured(tmp_path: Path, m
     assert (code, len(commands), rows) == (2, 1, []), "an engine that cannot be built is not tried again"
 
 
+def test_rows_are_written_as_strategies_end(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three runs out of memory: the first one's figures stand by then, and the rank says why it ends."""
+    config, works = prepared([*words, items("naive", "sorted", "packing"), "bench.warm_up=3"], tmp_path)
+    (tmp_path / "bench.json").write_text(json.dumps(strategies.about(config, list(works))))
+    warm_ups, seen = [], []
+
+    def measure(engine: Any, dataset: Any, work: Work, config: Config, _: Any, warm_up: int, item: str) -> Any:
+        warm_ups.append(warm_up)
+        seen.append(json.loads((tmp_path / "bench.json").read_text())["rows"])
+        if item == "sorted":
+            raise UserError("out of GPU memory on a micro-step")
+        micro_steps = len(work.micro_steps)
+        return [step(9.0, work.samples, work.tokens, 0, *[1.0] * micro_steps)]
+
+    FakeTraining(monkeypatch)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2, raising=False)
+    for name, value in (("join", lambda *_: None), ("build_engine", lambda *_: None), ("measure", measure)):
+        monkeypatch.setattr(ranks, name, value)
+    monkeypatch.setattr(ranks.signal, "signal", lambda *_: None)
+    assert ranks.main(str(tmp_path), "0", "1", "2") == 2
+    assert warm_ups == [3, 1]
+    assert [(row["strategy"], row.get("failed"), row.get("samples_per_s")) for row in seen[1]] == [
+        ("naive", None, len(LENGTHS) / 9),
+        ("sorted", "did not end", None),
+    ]
+    assert (tmp_path / "strategies" / "1" / "failed.txt").read_text() == "out of GPU memory on a micro-step"
+
+
 @pytest.mark.slow
 def test_two_ranks_measure_every_strategy(words: list[str], tmp_path: Path) -> None:
     said = in_process(
