@@ -128,7 +128,7 @@ def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace,
             epoch = epoch_of([*sizes, *words], length, n_target, cost)
             fixed = 18 * PARAMETERS / ranks
             if measured:
-                times = np.array([measured(pack) for pack in epoch.documents])
+                times = np.array([measured.of(pack) for pack in epoch.documents])
             else:
                 times = predicted(epoch.documents, gpu, args.activations, fixed)
             seconds = epoch.seconds(times, ranks, PARAMETERS * 8 / gpu.link)
@@ -161,7 +161,7 @@ def figure_5(length: np.ndarray, n_target: np.ndarray, ranks: int, measured: Pac
         words = ["strategy.batch_size=96", f"strategy.packs_per_step={4 * ranks if name == 'balanced' else 8}"]
         epoch = epoch_of([*STRATEGIES[name], *words], length, n_target, cost)
         if measured:
-            times = np.array([measured(pack) for pack in epoch.documents])
+            times = np.array([measured.of(pack) for pack in epoch.documents])
         else:  # optimizer states on the host
             times = predicted(epoch.documents, gpu, "full", 6 * PARAMETERS / ranks)
         shown = "naive, dealt by cost as longalign does" if name == "naive" and by_cost else name

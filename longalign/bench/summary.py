@@ -92,8 +92,7 @@ def summarise(report: dict[str, Any], works: dict[str, Work]) -> None:
     errors = []
     for row, took in zip(rows, lasted, strict=True):
         work, steps = works[row["strategy"]], row["steps"]
-        by: Callable[[np.ndarray], float] = fitted or work.flop_of
-        told = seconds_of(work.micro_steps, by)
+        told = seconds_of(work.micro_steps, fitted.of if fitted else work.flop_of)
         errors.append(np.abs(told[:, 0] - took))
         seconds, samples, tokens = (sum(step[name] for step in steps) for name in ("seconds", "samples", "tokens"))
         row |= {

@@ -70,7 +70,7 @@ class PackSeconds(NamedTuple):
     cost: Cost
     least: float
 
-    def __call__(self, documents: Any) -> float:
+    def of(self, documents: Any) -> float:
         """documents: their lengths."""
         return max(self.least, float(self.cost(documents).sum()))
 

@@ -64,8 +64,8 @@ def test_seconds_are_fitted_above_the_time_that_launches_take() -> None:
     fitted = PackSeconds.fit(documents, [of(pack) for pack in documents])
     assert fitted.least == 0.3
     assert fitted.cost == pytest.approx((1e-3, 1e-6))
-    assert fitted([5]) == 0.3
-    assert fitted([1000, 100]) == pytest.approx(2.11)
+    assert fitted.of([5]) == 0.3
+    assert fitted.of([1000, 100]) == pytest.approx(2.11)
     with pytest.raises(ValueError, match="to tell both costs"):
         PackSeconds.fit([[10], [10]], [0.3, 0.9])
 
