@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 LONGALIGN := $(BIN)/longalign
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell printf ',gpu'))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo results tiny-base test test-grid test-faults check format clean
@@ -12,13 +13,13 @@ help:  ## this list
 	@echo "  model=                             $(PRESETS)"
 	@grep -hE '^[a-z0-9%+.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-34s %s\n", $$1, $$2}'
 
-install: $(VENV)/.installed  ## project and development tools into .venv
+install: $(VENV)/.installed  ## project and development tools into .venv, with the kernels for GPUs where there is one
 
 # DeepSpeed's setup imports torch, so torch comes first and DeepSpeed is built against it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel hatchling editables numpy
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: install  ## a small model learns to answer from long documents (two cores, a few minutes)
@@ -33,7 +34,7 @@ tiny-base: install  ## train the bundled tiny model again (see docs/tiny.md); ab
 	$(LONGALIGN) train experiment=tiny_base output_dir=runs/tiny_base overwrite=true
 
 test: install  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-grid: install  ## losses and gradients on every layout, not only a subset that covers every pair; 19 minutes
 	$(BIN)/python -m pytest -m grid -rP

@@ -49,7 +49,9 @@ def bench(config: Config, dry_run: bool) -> int:
     device, hf = resolve_device(config), load_config(config)
     wanted = config.bench
     backends = [
-        attention.choose_backend(b, device, resolve_dtype(config, device), shape_of(hf)["head_dim"])[0]
+        attention.choose_backend(
+            b, device, resolve_dtype(config, device), shape_of(hf)["head_dim"], config.deterministic
+        )[0]
         for b in wanted.attention
     ]
     cases = [Case(p, b, a) for b in dict.fromkeys(backends) for a in wanted.activations for p in wanted.packs]

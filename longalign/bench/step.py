@@ -58,7 +58,7 @@ def main(config_file: str, pack: str, policy: str, result: str) -> None:
     seconds: list[float] = []
     for number in range(WARM_UP + config.bench.repeat):
         if number == WARM_UP and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            engine.activations.take_peak()
         began = time.perf_counter()
         train_step(engine, dataset, packs, config)
         if device == "cuda":
@@ -69,7 +69,7 @@ def main(config_file: str, pack: str, policy: str, result: str) -> None:
         "tokens": sum(documents) * of_step,
         "seconds": float(np.median(seconds[WARM_UP:])),
         "all_seconds": seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        "peak_bytes": engine.activations.take_peak() if device == "cuda" else 0,
         "kept": engine.activations.describe(1),
     }
     write_json(Path(result), measured)

@@ -73,6 +73,7 @@ class Activations:
         shape, size = shape_of(model.config), model.dtype.itemsize
         self.input_bytes = size * shape["hidden"]  # of a token and layer
         self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
+        self.highest = 0  # bytes of the device, before the present micro-step and since take_peak
         self.memory = None
         if policy == "budget" and torch.cuda.is_available():
             self.memory = Memory(model, size * _width(self.layers[0]))
@@ -131,6 +132,7 @@ class Activations:
             self.inputs_on_host = min(len(self.layers), fitting)
         if not self.memory:
             return
+        self.highest = max(self.highest, torch.cuda.max_memory_allocated())  # the count is about to begin anew
         # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
         # and ZeRO-3's.
         whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
@@ -151,6 +153,12 @@ class Activations:
         if self.memory:
             self.memory.learn()
 
+    def take_peak(self) -> int:
+        """Bytes that were allocated on the CUDA device at most since this was last asked."""
+        highest, self.highest = max(self.highest, torch.cuda.max_memory_allocated()), 0
+        torch.cuda.reset_peak_memory_stats()
+        return highest
+
 
 class Memory:
     """The bytes of the device that a micro-step takes: what layers keep is counted, the rest is measured."""
@@ -161,13 +169,17 @@ class Memory:
         h, q, kv, m = s["hidden"], s["heads"] * s["head_dim"], 2 * s["kv_heads"] * s["head_dim"], s["intermediate"]
         self.layers, size, self.matmuls = s["layers"], model.dtype.itemsize, matmuls
         self.selective = s["layers"] * (size * (h + q) + 4 * s["heads"])  # bytes a token
-        self.whole = 1.25 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m)  # bytes a token if all is kept
+        # Bytes a token if all is kept, at first more than was seen of any model: 1.25 with fused kernels, 1.76 without.
+        self.whole, self.whole_is_measured = 1.9 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m), False
         self.passing = {False: 0.0, True: 0.0}  # on host -> bytes a token beyond what is kept; 0 = not measured yet
+        self.measured = {False: 0, True: 0}  # on host -> tokens of the longest micro-step that told
         self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
         self.now = (0, False, 0, False)  # tokens, whole, layers with matmuls, on host, of the present micro-step
 
     def room(self) -> float:
-        return torch.cuda.get_device_properties(0).total_memory * (1 - MARGIN) - self.fixed
+        """Bytes for a micro-step. What CUDA, NCCL and other programs hold is neither free nor reserved by torch."""
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - MARGIN * total - self.fixed
 
     def whole_tokens(self) -> int:
         return int(self.room() / self.whole) // 256 * 256 if any(self.passing.values()) else 0
@@ -202,11 +214,15 @@ class Memory:
             self.fixed = stands
             return
         used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
+        long = tokens >= LEAST_SLICE  # short ones measure workspaces, not tokens
         if whole:
-            self.whole = max(self.whole / 1.05, used)
-        elif tokens >= LEAST_SLICE or not self.passing[on_host]:  # short ones measure workspaces, not tokens
+            self.whole = max(self.whole / 1.05 if self.whole_is_measured or not long else 0.0, used)
+            self.whole_is_measured |= long
+        elif tokens >= min(self.measured[on_host], LEAST_SLICE):
+            earlier = self.passing[on_host] / 1.05 if self.measured[on_host] >= LEAST_SLICE else 0.0
             passing = used - self._kept(on_host) - layers * self.matmuls
-            self.passing[on_host] = max(self.passing[on_host] / 1.05, passing, 1.0)
+            self.passing[on_host] = max(earlier, passing, 1.0)
+            self.measured[on_host] = max(self.measured[on_host], tokens)
 
 
 def _least(value: int) -> int:

@@ -8,6 +8,7 @@ Shapes: T tokens of the pack, H query heads, K key-value heads (K divides H), D 
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal
@@ -33,16 +34,27 @@ ABOUT: dict[Backend, str] = {
     "varlen": "torch's variable-length flash attention",
     "sdpa": "scaled_dot_product_attention per document, runs anywhere",
 }
-MODULE: dict[Backend, str] = {
-    "flash4": "flash_attn.cute",
-    "flash3": "flash_attn_interface",
-    "flash2": "flash_attn.flash_attn_interface",
-    "varlen": "torch.nn.attention.varlen",
+MODULES: dict[Backend, tuple[str, ...]] = {
+    "flash4": ("flash_attn.cute", "cutlass"),  # flash-attn 2 brings the first, too
+    "flash3": ("flash_attn_interface",),
+    "flash2": ("flash_attn.flash_attn_interface",),
+    "varlen": ("torch.nn.attention.varlen",),
+}
+# Settings of models that change logits or scores in ways that are not computed here, and what leaves those alone.
+OTHER_LOGITS = {
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
 }
 
 
-def why_not(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(
+    backend: Backend, device: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False
+) -> str | None:
     """What keeps a backend from running here; None if nothing does."""
+    if deterministic and device == "cuda" and backend in ("varlen", "sdpa"):
+        return "its gradients are added in any order, against deterministic=true"
     if backend == "sdpa":
         return None
     if device != "cuda":
@@ -55,29 +67,37 @@ def why_not(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) ->
         return f"it does not run on {torch.cuda.get_device_name()} (compute capability {chip[0]}.{chip[1]})"
     if head_dim > (128 if backend == "flash4" else 256):
         return f"its heads have at most {128 if backend == 'flash4' else 256} dimensions, the model's have {head_dim}"
+    missing = [name for name in MODULES[backend] if not is_installed(name)]
+    return f"{missing[0]} is not installed" if missing else None
+
+
+def is_installed(module: str) -> bool:
     try:
-        found = find_spec(MODULE[backend]) is not None
-    except ImportError:
-        found = False
-    return None if found else f"{MODULE[backend]} is not installed"
+        return find_spec(module) is not None
+    except ImportError:  # not even what it is part of
+        return False
 
 
-def choose_backend(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
+def choose_backend(
+    wanted: str, device: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False
+) -> tuple[Backend, str]:
     """The backend for `model.attention=wanted` and why; auto is the first that runs. Raises UserError."""
     reasons: list[str] = []
     for backend, about in ABOUT.items():
         if wanted not in ("auto", backend):
             continue
-        problem = why_not(backend, device, dtype, head_dim)
+        problem = why_not(backend, device, dtype, head_dim, deterministic)
         if problem is None:
             return backend, about + "".join(f"; no {reason}" for reason in reasons)
         reasons.append(f"{backend}: {problem}")
-    raise UserError(f"model.attention={wanted} cannot run here: {problem}; use model.attention=auto")
+    other = "model.attention=auto" if wanted != "auto" else "deterministic=false"
+    raise UserError(f"model.attention={wanted} cannot run here: {problem}; use {other}")
 
 
 def backend_of(config: Config, hf: Any, device: str) -> tuple[Backend, str]:
     """The backend of a run and why. hf: the model's Hugging Face config. Raises UserError."""
-    return choose_backend(config.model.attention, device, resolve_dtype(config, device), shape_of(hf)["head_dim"])
+    dtype, head_dim = resolve_dtype(config, device), shape_of(hf)["head_dim"]
+    return choose_backend(config.model.attention, device, dtype, head_dim, config.deterministic)
 
 
 def packed_attention(
@@ -134,6 +154,12 @@ def install(model: Any, backend: Backend, deterministic: bool = False, group: di
             f"the model attends within a sliding window of {config.sliding_window} tokens, which packed attention "
             "does not implement; set model.config.sliding_window=null if full attention is meant"
         )
+    for name, plain in OTHER_LOGITS.items():
+        if (value := getattr(config, name, plain)) != plain:
+            raise UserError(
+                f"{config.model_type} has {name}={value}, which the loss does not compute; models with "
+                f"model.config.{name}={json.dumps(plain)} can be trained"
+            )
 
     def forward(
         module: torch.nn.Module,

@@ -140,9 +140,10 @@ def resolve_device(config: Config) -> str:
 
 
 def resolve_dtype(config: Config, device: str) -> torch.dtype:
-    """model.dtype; auto is bfloat16 on CUDA and float32 on a CPU, most of which emulate bfloat16 slowly."""
+    """model.dtype; auto is bfloat16 on GPUs that have it, and float32 elsewhere: bfloat16 is emulated slowly there."""
     if config.model.dtype == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
+        lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float32 if device == "cpu" or lacks else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
 
 

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.utils.checkpoint import checkpoint
 
 from longalign.data.batch import Batch, load_batch
 from longalign.data.plan import Pack
@@ -73,26 +72,58 @@ def micro_batch(
     return batch, batch_weights(average, batch, pack_of_sample, totals)
 
 
-def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Module, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each target in float32, [N]; logits are made for CHUNK targets at a time, twice.
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each target, [N] float32; logits are made for CHUNK targets at a time, twice.
 
-    All of it is one call of the module lm_head: ZeRO-3 gathers a module's weight from all ranks at every call, and
-    ranks have unlike numbers of targets, hence of chunks.
+    The weight's gradient is added up over chunks in float32: in bfloat16 every addition would round it once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, targets_N, weight_VD, bias_V)
+        losses = [
+            F.cross_entropy(F.linear(hidden, weight_VD, bias_V).float(), targets, reduction="none")
+            for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)
+        ]
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden_ND, targets_N, weight_VD, bias_V = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+        for start in range(0, len(targets_N), CHUNK):
+            here = slice(start, start + CHUNK)
+            hidden, targets = hidden_ND[here], targets_N[here]
+            # d loss / d logits = softmax - 1 at the target
+            grad_logits = F.linear(hidden, weight_VD, bias_V).float().softmax(-1)
+            grad_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
+            grad_logits *= grad_N[here, None]
+            if grad_bias_V is not None:
+                grad_bias_V += grad_logits.sum(0)
+            in_dtype = grad_logits.to(weight_VD.dtype)
+            torch.mm(in_dtype, weight_VD, out=grad_hidden_ND[here])
+            grad_weight_VD += in_dtype.t() @ hidden
+        grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
+        return grad_hidden_ND, None, grad_weight_VD.to(weight_VD.dtype), grad_bias
+
+
+def token_losses(hidden_ND: torch.Tensor, lm_head: torch.nn.Linear, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each target in float32, [N].
+
+    It is one call of the module lm_head: ZeRO-3 gathers a module's weight from all ranks at every call, and ranks have
+    unlike numbers of targets, hence of chunks.
     """
     logits_of = lm_head.forward
-
-    def chunk_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits_of(hidden).float(), targets, reduction="none")
-
-    def losses(hidden_ND: torch.Tensor) -> torch.Tensor:
-        parts = zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)
-        return torch.cat([checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts])
-
-    lm_head.forward = losses
+    losses = lambda hidden: _CrossEntropy.apply(hidden, targets_N, lm_head.weight, lm_head.bias)
+    lm_head.forward = losses  # type: ignore[method-assign]
     try:
         return lm_head(hidden_ND)
     finally:
-        lm_head.forward = logits_of
+        lm_head.forward = logits_of  # type: ignore[method-assign]
 
 
 class WeightedLoss(torch.nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 
 from longalign.model import attention, kernels, ulysses
@@ -19,6 +20,7 @@ from longalign.model.load import load_model, loads_weights, resolve_dtype
 from longalign.model.loss import WeightedLoss
 from longalign.model.rope import check_inv_freq, restore_inv_freq
 from longalign.schema import Config
+from longalign.train.state import make_moments
 
 
 def learning_rate(step: int, n_steps: int, config: Config) -> float:
@@ -104,6 +106,9 @@ def build_engine(config: Config, ranks: int) -> Any:
     if device == "cuda" and config.model.kernels == "auto":
         kernels.install(model)
     activations = Activations(model, resolve_policy(config, device))
+    if config.cluster.zero_stage == 3 and activations.policy == "offload":
+        # Ranks cut MLPs into unlike numbers of tiles: an MLP's weights are gathered for all of them, not for each.
+        set_z3_leaf_modules(model, [type(layer.mlp) for layer in activations.layers[:1]])
     model.train()
     groups = parameter_groups(model, config.weight_decay)
     if config.cluster.offload_optimizer:
@@ -129,4 +134,6 @@ def build_engine(config: Config, ranks: int) -> Any:
     engine.activations = activations
     restore_inv_freq(engine.module)  # DeepSpeed may cast or move buffers
     check_inv_freq(engine.module, config.model.rope.theta)
+    if config.cluster.offload_optimizer:
+        make_moments(engine, 0)  # at the first update they would find the host's memory full of activations
     return engine

@@ -9,8 +9,6 @@ import resource
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import torch
-
 from longalign.files import disk_errors, write_text
 from longalign.schema import Config
 from longalign.train.loggers import open_loggers
@@ -78,8 +76,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def peak_memory_gb(device: str) -> float:
-    """Peak of this process in 10^9 bytes: GPU memory allocated, or resident memory on a CPU."""
-    if device == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+def peak_memory_gb(on_gpu: int) -> float:
+    """Peak in 10^9 bytes. on_gpu: bytes allocated there at most; 0 on a CPU, for what this process had resident."""
+    return round((on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9, 3)

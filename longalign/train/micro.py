@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from longalign.data.batch import Batch, cut, share
+from longalign.data.batch import Batch, concatenate, cut, share
 from longalign.data.packing import deal
 from longalign.data.plan import Pack
+from longalign.data.template import IGNORE
 from longalign.model.loss import StepTotals, micro_batch
 from longalign.schema import Config
 from longalign.train.breakdown import Breakdown
@@ -24,7 +26,7 @@ class MicroStep(NamedTuple):
     batch: Batch
     weights: torch.Tensor  # float32 [N, 3 + G], see WeightedLoss; 0 on a rank that has no pack left
     is_last: bool
-    sample_ids: list[int]  # of its packs, or of those that its slice is from
+    sample_ids: list[int]  # of its packs, or of those that its slice is from; none if it only keeps up with others
 
 
 def micro_steps(
@@ -47,16 +49,14 @@ def micro_steps(
     dealt = deal([p.cost for p in packs], ranks // together, config.cluster.packs_per_micro_step)
     for number, of_groups in enumerate(dealt, start=1):
         mine = [packs[p] for p in of_groups[group]]
-        some = mine or [min(packs, key=lambda p: p.tokens)]  # a group without one runs the smallest with weight 0
-        batch, weights = micro_batch(dataset, some, config.strategy.average, totals)
-        ids = [sample for pack in some for sample in pack.sample_ids]
-        if breakdown:
+        ids = [sample for p in mine for sample in p.sample_ids]
+        batch, weights = micro_batch(dataset, mine, config.strategy.average, totals) if mine else idle(len(counts))
+        if breakdown and mine:
             weights = torch.cat([weights, breakdown.weights(batch, ids, counts)], dim=1)
-        weights = weights * bool(mine)
         slices = [(batch, weights)]
         if slice_tokens:  # the same number on every rank
             slices = cut(batch, weights, slice_tokens * together)
-            slices += [_idle(slices)] * (_most(len(slices), device) - len(slices))
+            slices += [idle(len(counts))] * (_most(len(slices), device) - len(slices))
         for count, whole in enumerate(slices, start=1):
             piece, its_weights = share(*whole, place, together)
             is_last = number == len(dealt) and count == len(slices)
@@ -72,7 +72,6 @@ def _most(count: int, device: torch.device) -> int:
     return int(largest)
 
 
-def _idle(slices: list[tuple[Batch, torch.Tensor]]) -> tuple[Batch, torch.Tensor]:
-    """The shortest slice with weight 0, for a rank that has fewer than others."""
-    batch, weights = min(slices, key=lambda piece: piece[0].input_ids.shape[1])
-    return batch, torch.zeros_like(weights)
+def idle(groups: int) -> tuple[Batch, torch.Tensor]:
+    """Two tokens that weigh nothing, for a rank that has nothing to run while others have."""
+    return concatenate([np.zeros(2, np.int64)], [np.array([IGNORE, 0])]), torch.zeros(1, 3 + groups)

@@ -72,7 +72,9 @@ def train_step(
     shares: torch.Tensor | float = 0.0
     keep: Activations = engine.activations
     trace = trace or Trace(engine.device)
-    slice_tokens = config.slice_tokens or keep.slice_tokens()
+    # Where ranks run packs of their own, all wait for the one that has most slices.
+    one_pack = dist.get_world_size() == config.cluster.sequence_parallel
+    slice_tokens = config.slice_tokens or (keep.slice_tokens() if one_pack else None)
     trace.enter("data")
     for batch, weights, is_last, samples in micro_steps(dataset, packs, config, engine.device, breakdown, slice_tokens):
         with out_of_memory_told(config, batch):
@@ -188,7 +190,7 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                 "tokens_per_s": round(tokens / seconds, 1),
                 "step_s": round(seconds, 4),
                 "time": spent,
-                "peak_mem_gb": peak_memory_gb(device),
+                "peak_mem_gb": peak_memory_gb(engine.activations.take_peak() if device == "cuda" else 0),
             }
             journal.write("metrics", row)
             bar.advance(1, note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")

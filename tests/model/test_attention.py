@@ -93,12 +93,35 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.attention=varlen cannot run here"):
         attention.choose_backend("varlen", "cpu", torch.bfloat16, 64)
     assert attention.choose_backend("auto", "cpu", torch.float32, 64)[0] == "sdpa"
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig, MistralForCausalLM
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sliding = MistralForCausalLM(MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=8, **small))
     with pytest.raises(UserError, match="sliding window of 8"):
         attention.install(sliding, "sdpa")
+    sliding.config.sliding_window = None
+    attention.install(sliding, "sdpa")
+    scaled = GraniteForCausalLM(GraniteConfig(vocab_size=50, num_key_value_heads=2, logits_scaling=8.0, **small))
+    with pytest.raises(UserError, match=r"granite has logits_scaling=8.0, .* model.config.logits_scaling=1.0"):
+        attention.install(scaled, "sdpa")
+
+
+def test_what_is_installed_decides_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    choose = lambda *more: attention.choose_backend("auto", "cuda", torch.bfloat16, 128, *more)
+    has = lambda *names: monkeypatch.setattr(attention, "is_installed", lambda name: name.startswith(names))
+    has("flash_attn.", "cutlass", "torch")
+    assert choose()[0] == "flash4"
+    has("flash_attn.", "torch")  # flash-attn 2 alone, which brings a folder flash_attn/cute
+    assert choose() == (
+        "flash2",
+        "flash-attn 2; no flash4: cutlass is not installed; no flash3: flash_attn_interface is not installed",
+    )
+    has("torch")
+    assert choose()[0] == "varlen"
+    with pytest.raises(UserError, match="added in any order, against deterministic=true; use deterministic=false"):
+        choose(True)
+    assert attention.choose_backend("auto", "cpu", torch.float32, 128, True)[0] == "sdpa"
 
 
 @pytest.mark.gpu

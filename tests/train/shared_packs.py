@@ -4,7 +4,8 @@ RUN/leak.safetensors: for documents that ranks run together, `before` [D] holds 
 [D, D] the same with another document a (row a) in place of the first, and `joined` [2, D] what documents 0 and 1
 give if no border stands between them, before and after a change of document 0.
 
-Logits are made for 4 targets at a time, so that ranks have unlike numbers of chunks, as real packs have of 2,048.
+Logits are made for 4 targets at a time, so that ranks have unlike numbers of chunks, as real packs have of 2,048. Likewise
+MLPs that run in tiles have tiles of 8 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from longalign.data.batch import Batch, concatenate, share
-from longalign.model import loss
+from longalign.model import loss, offload
 from longalign.schema import Config
 from longalign.train import worker
 from longalign.train.engine import build_engine
@@ -64,5 +65,6 @@ def run(config: Config) -> None:
 
 if __name__ == "__main__":
     loss.CHUNK = 4
+    offload.TILE, offload.TILE_FROM = 8, 16
     worker.train = run  # what main() calls for each run, with the processes set up
     sys.exit(worker.main(sys.argv[1:]))

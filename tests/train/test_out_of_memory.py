@@ -29,6 +29,7 @@ def test_known_device_gets_the_nearest_setting(base_words: list[str], monkeypatc
     from longalign.forecast import gpus, run
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     large: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008}
     monkeypatch.setattr(run, "shape_of", lambda _: {**large, "heads": 32, "kv_heads": 32, "head_dim": 128})

@@ -33,12 +33,13 @@ Make = Callable[..., Config]
 
 
 class Layout(NamedTuple):
-    """Of two processes that run a pack together."""
+    """Of two processes."""
 
     zero_stage: int
     activations: str
     slice_tokens: int | None  # of a rank; packs have up to 64
     heads: tuple[int, int] = (4, 2)  # query and key-value heads; of 3 the ranks' shares overlap
+    together: int = 2  # processes that run a pack; 1: each its own, of unlike lengths
     dtype: str = "float32"
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class Layout(NamedTuple):
             *STRATEGIES["packing"],
             PARTITIONED,
             "cluster.processes=2",
-            "cluster.sequence_parallel=2",
+            f"cluster.sequence_parallel={self.together}",
             f"cluster.zero_stage={self.zero_stage}",
             f"activations={self.activations}",
             f"slice_tokens={self.slice_tokens or 'null'}",
@@ -61,6 +62,8 @@ LAYOUTS = [
     Layout(3, "offload", 12),
     Layout(2, "none", None),
     Layout(0, "full", 40, heads=(6, 3)),
+    Layout(3, "offload", None, together=1),
+    Layout(3, "budget", 12, together=1),
 ]
 
 
