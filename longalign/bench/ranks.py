@@ -34,19 +34,12 @@ from longalign.train.worker import join, leave, over_ranks, train_step
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
     """A step as training makes it, timed to the sum of losses that all ranks wait for."""
-    trace, peaks = Trace(engine.device), [0]
-
-    def note_peak() -> None:  # at every micro-step: model/activations.py sets CUDA's own maximum back
-        if trace.on_gpu:
-            peaks.append(torch.cuda.max_memory_allocated())
-
-    began = time.perf_counter()
-    shares = train_step(engine, dataset, packs, config, breakdown, trace, note_peak)
+    trace, began = Trace(engine.device), time.perf_counter()
+    shares = train_step(engine, dataset, packs, config, breakdown, trace)
     trace.enter("sync")
     over_ranks(0.0, shares)
     seconds = time.perf_counter() - began
-    note_peak()
-    peak = torch.tensor(max(peaks), device=engine.device)
+    peak = torch.tensor(engine.activations.take_peak() if trace.on_gpu else 0, device=engine.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return {
         "seconds": seconds,
@@ -94,8 +87,6 @@ def measure(
     width = cluster.ranks // cluster.sequence_parallel * cluster.packs_per_micro_step
     for _ in range(warm_up):
         run_step(engine, dataset, warm_up_packs(work.steps, width), config, breakdown)
-    if cluster.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     rows = []
     with Bar(title, len(work.steps), "steps", quiet=dist.get_rank() != 0) as bar:
         for number, packs in enumerate(work.steps, start=1):
