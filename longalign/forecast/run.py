@@ -21,7 +21,7 @@ from rich.table import Table
 
 from longalign.bench.run import Case, run_case
 from longalign.data.packing import deal
-from longalign.data.plan import Plan, group, identity, is_fresh, read_columns, read_data, steps_to_train
+from longalign.data.plan import Plan, group, identity, is_fresh, lengths_of, read_data, steps_to_train
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json
 from longalign.forecast import gpus
@@ -113,14 +113,6 @@ def find_gpu(config: Config) -> gpus.Gpu:
         return found
     what = f"this machine's {here} is not known" if here else "this machine has none"
     raise UserError(f"plan.gpu=auto: {what}; give plan.gpu={'|'.join(gpus.GPUS)}")
-
-
-def lengths_of(dataset: Any) -> np.ndarray:
-    """Tokens by sample id."""
-    columns = read_columns(dataset)
-    lengths = np.zeros(int(columns.sample_id.max()) + 1, dtype=np.int64)
-    lengths[columns.sample_id] = columns.length
-    return lengths
 
 
 def steps_of(config: Config, data: dict[str, Any], lengths: np.ndarray) -> dict[str, Any]:
