@@ -35,7 +35,7 @@ from longalign.config import compose_config
 from longalign.data.packing import deal, epoch_packs, pack_tokens, packs_per_step
 from longalign.forecast.gpus import GPUS, Gpu
 from longalign.forecast.predict import predict
-from longalign.model.cost import Cost, cost_of, fit
+from longalign.model.cost import Cost, PackSeconds, cost_of
 
 LLAMA2_7B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
 PARAMETERS = 6.74e9
@@ -56,20 +56,10 @@ STRATEGIES = {
 }
 
 
-class Measured(NamedTuple):
-    cost: Cost
-    least: float  # seconds
-
-    @staticmethod
-    def of(file: Path) -> Measured:
-        rows = [row for row in json.loads(file.read_text())["rows"] if "seconds" in row and row.get("of") == "pass"]
-        least = min(row["seconds"] for row in rows)
-        busy = [row for row in rows if row["seconds"] > 2 * least]  # the others' seconds are launches
-        return Measured(fit([row["documents"] for row in busy], [row["seconds"] for row in busy]), least)
-
-    def seconds(self, documents: list[np.ndarray]) -> np.ndarray:
-        """Of every pack."""
-        return np.array([max(self.least, self.cost(pack).sum()) for pack in documents])
+def measured_seconds(file: Path) -> PackSeconds:
+    """Fitted to the passes of a bench.json."""
+    rows = [row for row in json.loads(file.read_text())["rows"] if "seconds" in row and row.get("of") == "pass"]
+    return PackSeconds.fit([row["documents"] for row in rows], [row["seconds"] for row in rows])
 
 
 class Epoch(NamedTuple):
@@ -122,7 +112,7 @@ def predicted(documents: list[np.ndarray], gpu: Gpu, activations: str, fixed: fl
     return np.array([one.seconds for one in passes if one])
 
 
-def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace, measured: Measured | None) -> Table:
+def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace, measured: PackSeconds | None) -> Table:
     gpu, cost = GPUS["H200"], measured.cost if measured else cost_of(LLAMA2_7B)
     source = f"fitted to {args.measured}" if measured else f"predicted for an H200, activations={args.activations}"
     title = f"SIMULATED: {len(length):,} samples, {args.packs} packs a rank and step, a pack's seconds {source}"
@@ -138,7 +128,7 @@ def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace,
             epoch = epoch_of([*sizes, *words], length, n_target, cost)
             fixed = 18 * PARAMETERS / ranks
             if measured:
-                times = measured.seconds(epoch.documents)
+                times = np.array([measured.of(pack) for pack in epoch.documents])
             else:
                 times = predicted(epoch.documents, gpu, args.activations, fixed)
             seconds = epoch.seconds(times, ranks, PARAMETERS * 8 / gpu.link)
@@ -152,7 +142,7 @@ def simulate(length: np.ndarray, n_target: np.ndarray, args: argparse.Namespace,
     return table
 
 
-def figure_5(length: np.ndarray, n_target: np.ndarray, ranks: int, measured: Measured | None) -> Table:
+def figure_5(length: np.ndarray, n_target: np.ndarray, ranks: int, measured: PackSeconds | None) -> Table:
     gpu, cost = GPUS["H200" if measured else "A100-80GB"], measured.cost if measured else cost_of(LLAMA2_7B)
     exchange = PARAMETERS * 8 / gpu.link if ranks > 1 else 0.0
     source = "seconds of packs measured on one H200" if measured else "an A100's rates, activations=full"
@@ -171,7 +161,7 @@ def figure_5(length: np.ndarray, n_target: np.ndarray, ranks: int, measured: Mea
         words = ["strategy.batch_size=96", f"strategy.packs_per_step={4 * ranks if name == 'balanced' else 8}"]
         epoch = epoch_of([*STRATEGIES[name], *words], length, n_target, cost)
         if measured:
-            times = measured.seconds(epoch.documents)
+            times = np.array([measured.of(pack) for pack in epoch.documents])
         else:  # optimizer states on the host
             times = predicted(epoch.documents, gpu, "full", 6 * PARAMETERS / ranks)
         shown = "naive, dealt by cost as longalign does" if name == "naive" and by_cost else name
@@ -192,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     mix = np.load(args.lengths)
     length, n_target = mix["length"].astype(np.int64), mix["n_target"]
-    measured, console = Measured.of(args.measured) if args.measured else None, Console(width=120)
+    measured, console = measured_seconds(args.measured) if args.measured else None, Console(width=120)
     if measured:
         linear, quadratic = measured.cost
         console.print(f"strategy.cost=[{linear:.6g},{quadratic:.6g}], at least {measured.least:.3f} s a pack")

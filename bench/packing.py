@@ -55,30 +55,18 @@ def paper_like(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
 
 
 def write_data(folder: Path, length: np.ndarray, n_target: np.ndarray, tokens: int = 1) -> None:
-    """A tokenised folder in batches as tokenize writes them, with so many dummy tokens a row."""
+    """A tokenised folder with so many dummy tokens a row."""
     import pyarrow as pa
-    from datasets import DatasetInfo
 
-    from longalign.data.table import FEATURES, ROWS_PER_BATCH, SCHEMA
-    from longalign.files import write_json
+    from longalign.bench.tokens import write_folder
 
-    folder.mkdir()
-    with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), SCHEMA) as writer:
-        for start in range(0, len(length), ROWS_PER_BATCH):
-            size = length[start : start + ROWS_PER_BATCH]
-            offsets = tokens * np.arange(len(size) + 1, dtype=np.int32)
-            token = pa.ListArray.from_arrays(offsets, np.ones(offsets[-1], np.int32))
-            source = pa.array(np.where(size < 8192, "sharegpt", "LongAlign-10k"))
-            ids = np.arange(start, start + len(size))
-            columns = [token, token, size, n_target[start : start + len(size)], source, ids + 1, ids]
-            arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, SCHEMA))
-    DatasetInfo(features=FEATURES).write_to_directory(str(folder))
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "bench", "_split": None}
-    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-    write_json(folder / "state.json", state)
+    def dummies(rows: slice) -> tuple[pa.ListArray, pa.ListArray]:
+        offsets = tokens * np.arange(len(length[rows]) + 1, dtype=np.int32)
+        token = pa.ListArray.from_arrays(offsets, np.ones(offsets[-1], np.int32))
+        return token, token
+
     shape = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
-    write_json(folder / "manifest.json", {"fingerprint": "bench", "model_shape": shape})
+    write_folder(folder, length, n_target, dummies, {"fingerprint": "bench", "model_shape": shape})
 
 
 def memory_gb(field: str) -> float:

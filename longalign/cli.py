@@ -116,7 +116,10 @@ _command(
 _command("chat", "Talk to a model: one answer with prompt=, else interactive.")
 _command("verify", "Check model, data and this machine: leaks, losses, stop tokens, rope, export. Exit 1 if one fails.")
 _command("plan", "Predict hours, tokens/s, memory and money of every strategy, from the lengths of your data.")
-_command("bench", "Time forward and backward passes: packs x attention backends x activation policies.")
+_command(
+    "bench",
+    "Time forward and backward passes: packs x attention backends x activation policies; or steps by strategy.",
+)
 _command(
     "convert",
     "A .gguf file, or ChatGLM3's original checkpoint layout, to transformers' and, with reverse=true, the latter back.",

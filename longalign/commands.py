@@ -203,6 +203,10 @@ def plan(config: Config, dry_run: bool) -> int:
 
 
 def bench(config: Config, dry_run: bool) -> int:
+    if config.bench.strategies:
+        from longalign.bench import strategies
+
+        return strategies.bench(config, dry_run)
     _runs_alone(config, "bench")
     from longalign.bench import run
 

@@ -354,6 +354,8 @@ class Bench(Strict):
     repeat: PositiveInt
     step_packs: PositiveInt | None
     peer: Annotated[list[Literal["trl", "trl-defaults"]], BeforeValidator(_as_list)]
+    strategies: Words
+    steps: PositiveInt | None
 
 
 class Forecast(Strict):

@@ -151,12 +151,13 @@ def is_saved(run: Path) -> bool:
     return bool(newest and beats) and (bool(beats[0]["ended"]) or step_of(newest[-1]) >= beats[0]["step"])
 
 
-def run_workers(command: list[str], config: Config, logs: Path) -> int:
+def run_workers(command: list[str], config: Config, logs: Path, saves: bool = True) -> int:
     """Run one process per rank on this host and wait for all; returns the exit code of the run.
 
     Rank 0 writes to the terminal, the others to logs/rank-N.log. The first Ctrl-C or SIGTERM is passed on, for the
     workers to save and stop; a second Ctrl-C kills them, and so does 0.9 of grace_s after a SIGTERM, whose sender is
-    about to kill everything. When a rank fails the others are ended and its log is shown.
+    about to kill everything. When a rank fails the others are ended and its log is shown. saves=False: they have
+    nothing to save, and a signal ends them.
     """
     logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
@@ -185,18 +186,18 @@ def run_workers(command: list[str], config: Config, logs: Path) -> int:
                 if failed is not None or None not in codes:
                     break
                 time.sleep(0.1)
-                if received and not told:
+                if saves and received and not told:
                     console.print(stopping(config))
                     told = True
                 if time.monotonic() > deadline:
                     overdue = True
-                    if not is_saved(Path(config.output_dir or "")):
+                    if saves and not is_saved(Path(config.output_dir or "")):
                         warn(f"the step in progress was not finished and saved within grace_s={config.grace_s:g}")
                     break
         finally:
             killed = overdue or insists(received)
             end(workers, grace=0.0 if killed else 5.0, dump=not received)
-    if received and (failed is None or killed):
+    if received and (failed is None or killed or not saves):
         return 128 + received[0]
     if failed is None:
         return 0

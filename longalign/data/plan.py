@@ -82,6 +82,14 @@ def read_columns(dataset: Dataset) -> Columns:
     return Columns(length, n_target, sample_id, place[source.indices.to_numpy()], sorted(names))
 
 
+def lengths_of(dataset: Dataset) -> np.ndarray:
+    """Tokens by sample id, int64."""
+    columns = read_columns(dataset)
+    lengths = np.zeros(int(columns.sample_id.max()) + 1, dtype=np.int64)
+    lengths[columns.sample_id] = columns.length
+    return lengths
+
+
 def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
     """What a plan depends on: a plan with another identity is stale."""
     return {

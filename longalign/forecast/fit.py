@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from longalign.data.packing import deal
-from longalign.data.plan import Plan, read_columns, read_data
+from longalign.data.plan import Plan, lengths_of, read_data
 from longalign.forecast import gpus
 from longalign.forecast.predict import Pass, estimate
 from longalign.model.activations import MARGIN, Policy, resolve_policy
@@ -157,14 +157,6 @@ def told(config: Config, parameters: int, plan: Plan) -> str:
     end = f"{documents.sum() / found.seconds:,.0f} tokens/s" if site.fits(found) else "which does not fit"
     step = f"costliest micro-step ({documents.sum():,} tokens)"
     return f"{site.policy}; predicted for the {step}: {takes}{host}, {end}; kept: {found.kept}"
-
-
-def lengths_of(dataset: Any) -> np.ndarray:
-    """Tokens by sample id."""
-    columns = read_columns(dataset)
-    lengths = np.zeros(int(columns.sample_id.max()) + 1, dtype=np.int64)
-    lengths[columns.sample_id] = columns.length
-    return lengths
 
 
 # -- what to change ---------------------------------------------------------------------------------------

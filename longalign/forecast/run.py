@@ -19,11 +19,11 @@ from rich.table import Table
 
 from longalign.bench.run import Case, run_case, set_allocator
 from longalign.data.packing import deal
-from longalign.data.plan import Plan, group, identity, is_fresh, read_data, steps_to_train
+from longalign.data.plan import Plan, group, identity, is_fresh, lengths_of, read_data, steps_to_train
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json
 from longalign.forecast import gpus
-from longalign.forecast.fit import GIB, Site, does_not_fit, lengths_of, policies, policy_table
+from longalign.forecast.fit import GIB, Site, does_not_fit, policies, policy_table
 from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
 from longalign.model.load import load_config

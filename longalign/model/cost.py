@@ -61,3 +61,26 @@ def fit(documents: Sequence[Sequence[int]], seconds: Sequence[float]) -> Cost:
     if rank < 2 or linear <= 0 or quadratic < 0:
         raise ValueError("packs of one long document and packs of many short ones are needed to tell both costs")
     return Cost(float(linear), float(quadratic))
+
+
+class PackSeconds(NamedTuple):
+    """Seconds of a pack, forward and backward: its documents' cost, but at least those of the fastest pack measured,
+    since launches take that long."""
+
+    cost: Cost
+    least: float
+
+    def of(self, documents: Any) -> float:
+        """documents: their lengths."""
+        return max(self.least, float(self.cost(documents).sum()))
+
+    @staticmethod
+    def fit(documents: Sequence[Any], seconds: Sequence[float]) -> PackSeconds:
+        """Of packs measured; those that mostly launch are left out where the others tell. Raises ValueError as fit."""
+        least = min(seconds)
+        busy = [place for place, lasted in enumerate(seconds) if lasted > 2 * least]
+        try:
+            cost = fit([documents[place] for place in busy], [seconds[place] for place in busy])
+        except ValueError:
+            cost = fit(documents, seconds)
+        return PackSeconds(cost, least)

@@ -49,14 +49,18 @@ class Trace:
         if self.heartbeat:
             self.heartbeat.beat(phase, step=self.step, micro=self.micro)
 
-    def seconds(self) -> dict[str, float]:
-        """Of every phase of the step, which ends here."""
+    def spans(self) -> list[tuple[str, float]]:
+        """The phases of the step, which ends here, in order, with their seconds."""
         self.enter("between steps")
         if self.on_gpu:
             torch.cuda.synchronize()  # the step's end has been waited for; this is the last event alone
         lasted = [before.elapsed_time(after) / 1000 for before, after in pairwise(self.events)]
         lasted += [after - before for before, after in pairwise(self.times)]
+        return list(zip(self.phases, lasted, strict=False))
+
+    def seconds(self) -> dict[str, float]:
+        """Of every phase of the step, which ends here."""
         spent = dict.fromkeys(PHASES, 0.0)
-        for phase, seconds in zip(self.phases, lasted, strict=False):
+        for phase, seconds in self.spans():
             spent[phase] += seconds
         return {phase: round(seconds, 4) for phase, seconds in spent.items()}

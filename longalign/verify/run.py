@@ -205,7 +205,8 @@ def engine_step(config: Config, scratch: Path, export_to: Path | None) -> dict[s
     frozen, result = scratch / "config.yaml", scratch / "step.json"
     write_text(frozen, to_yaml(config))
     words = [str(frozen), str(scratch / "probe"), str(result), *([str(export_to)] if export_to else [])]
-    code = run_workers([sys.executable, "-m", "longalign.verify.ranks", *words], config, scratch / "logs")
+    command = [sys.executable, "-m", "longalign.verify.ranks", *words]
+    code = run_workers(command, config, scratch / "logs", saves=False)
     if code > 2:
         raise KeyboardInterrupt if code == 130 else SystemExit(code)
     if code:

@@ -24,7 +24,7 @@ RANK = """
 import os, signal, sys, time
 rank, folder, how = os.environ["RANK"], sys.argv[1], sys.argv[2]
 told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+signal.signal(signal.SIGTERM, signal.SIG_DFL if how == "drop" else lambda *_: told.append(1))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 open(f"{folder}/up-{rank}", "w").close()
 if how == "mistake":
@@ -40,7 +40,7 @@ open(f"{folder}/saved-{rank}", "w").close()
 """
 
 
-def run(config: Config, folder: Path, how: str, signals: int = 0) -> int:
+def run(config: Config, folder: Path, how: str, signals: int = 0, saves: bool = True) -> int:
     """The exit code of two such ranks, with so many SIGTERMs to this process."""
 
     def terminate() -> None:
@@ -53,7 +53,7 @@ def run(config: Config, folder: Path, how: str, signals: int = 0) -> int:
 
     thread = threading.Thread(target=terminate)
     thread.start()
-    code = run_workers([sys.executable, "-c", RANK, str(folder), how], config, folder / "logs")
+    code = run_workers([sys.executable, "-c", RANK, str(folder), how], config, folder / "logs", saves)
     thread.join()
     return code
 
@@ -74,6 +74,14 @@ def test_the_end_of_the_grace_is_told_if_the_step_is_lost(
     (tmp_path / "run" / "logs" / "rank-0.heartbeat").write_text(json.dumps({"step": begun, "ended": None}))
     assert run(run_config(tmp_path / "run", "cluster.processes=2", "grace_s=1"), tmp_path, "hang", signals=1) == 143
     assert ("was not finished and saved within grace_s=1" in capfd.readouterr().err) is warned
+
+
+def test_ranks_with_nothing_to_save_end_by_the_signal(
+    tmp_path: Path, run_config: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(tmp_path / "run", "cluster.processes=2")
+    assert run(config, tmp_path, "drop", signals=1, saves=False) == 143
+    assert capfd.readouterr().err == "", "no word of steps that are saved"
 
 
 def test_a_mistake_comes_before_what_follows_from_it(
