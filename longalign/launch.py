@@ -24,6 +24,7 @@ from longalign.data.packing import balance, idle_share, packs_per_step
 from longalign.data.plan import Plan, group, identity, is_fresh, prepare_plan, steps_to_train
 from longalign.errors import UserError
 from longalign.files import read_json, write_text
+from longalign.forecast.fit import told
 from longalign.model import attention
 from longalign.model.load import RECORD, load_config, loads_weights, resolve_device, resolve_dtype, weights_of
 from longalign.preflight import (
@@ -119,6 +120,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
         ("tokens per step", f"{first['tokens_per_step']:,}"),
         ("waiting", waiting(config, plan, groups)),
         ("attention", chosen),
+        ("activations", told(config, parameters, plan)),
         ("cluster", f"{nodes}{cluster.processes} x {cluster.device}, ZeRO-{cluster.zero_stage}{shared}"),
         ("output", str(run)),
         *started_by(config),

@@ -46,16 +46,31 @@ def check_sequence_parallel(config: Config) -> None:
 def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     """Bytes of (one device's, this host's) memory for weights, gradients and optimizer states; not activations.
 
-    fp32 master weights, gradients and two Adam moments make 16 bytes a parameter, the bf16 copy 2. ZeRO shards
-    them over ranks: optimizer states from stage 1 on, gradients from 2, weights from 3.
+    Bytes a parameter, w being 2 in bf16 and 4 in fp32; ZeRO shards states over ranks from stage 1 on, sums of gradients
+    from 2, weights from 3. As DeepSpeed 0.19.8 allocates them when gradients are summed in fp32 (data_types); its
+    runtime/zero/stage_1_and_2.py and stage3.py in brackets:
+
+        weights w, sums of gradients 4
+        states        two Adam moments 8, with ZeRO fp32 master weights 4
+        with offload_optimizer the states are the host's, and beside them
+          all stages  gradients as the host's optimizer takes them 4 (fp32_partition.grad)
+          1 and 2     weights on their way back w (param_buffer_of_bit16_for_cpu_offload_groups)
+          3           the sums (grad_partitions_flat_buffer); 2 in fp32, too (accumulated_grads_in_cpu)
+
+    Not counted: buckets of communication, and that torch rounds pinned memory up to a power of two.
     """
     cluster, ranks, here = config.cluster, config.cluster.ranks, int(config.cluster.processes)
-    working = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8
-    shard = lambda from_stage: ranks if cluster.zero_stage >= from_stage else 1
-    weights, gradients = working * parameters / shard(3), 4 * parameters / shard(2)
-    optimizer = (8 + 4 * (working == 2)) * parameters / shard(1)
-    on_host = optimizer * cluster.offload_optimizer + weights * cluster.offload_param
-    device = weights + gradients + optimizer - on_host
+    working, stage = torch.finfo(resolve_dtype(config, cluster.device)).bits // 8, cluster.zero_stage
+    shard = lambda from_stage: ranks if stage >= from_stage else 1
+    weights, sums = working * parameters / shard(3), 4 * parameters / shard(2)
+    states = (8 + 4 * (stage > 0)) * parameters / shard(1)
+    on_host = weights * cluster.offload_param
+    device = weights + sums + states - on_host
+    if cluster.offload_optimizer:
+        device -= states
+        on_host += states + (4 + working * (stage < 3)) * parameters / shard(1)
+        if stage == 3 or (stage == 2 and working == 4):
+            device, on_host = device - sums, on_host + sums
     return (0.0, (device + on_host) * here) if cluster.device == "cpu" else (device, on_host * here)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from longalign.bench.layouts import lengths, make_batch, sequence_weights
 from longalign.bench.plot import plot
+from longalign.cluster.workers import ALLOCATOR, allocator
 from longalign.config import to_yaml
 from longalign.data.batch import cut
 from longalign.files import disk_errors, read_json, versions, write_json, write_text
@@ -46,6 +48,7 @@ class Case(NamedTuple):
 
 def bench(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
+    set_allocator(config)
     device, hf = resolve_device(config), load_config(config)
     wanted = config.bench
     backends = [
@@ -91,6 +94,15 @@ def bench(config: Config, dry_run: bool) -> int:
     plot(report(config, device, rate, rows), output / "bench.png")
     console.print(f"written: {output}/bench.json, bench.png")
     return 0
+
+
+def set_allocator(config: Config) -> None:
+    """Take GPU memory as the workers of a run do, here and in processes that this one starts. Before any is taken."""
+    if os.environ.get(ALLOCATOR) == (setting := allocator(config)):
+        return
+    os.environ[ALLOCATOR] = setting
+    if torch.cuda.is_available():  # torch has read its environment when it was imported
+        torch._C._accelerator_setAllocatorSettings(setting)
 
 
 def tell_cost(rows: list[dict[str, Any]], way: tuple[str, str]) -> None:
@@ -162,7 +174,7 @@ def run_apart(config: Config, case: Case, output: Path) -> dict[str, Any]:
     frozen, result, log = output / "config.yaml", output / f"{name}.json", output / f"{name}.log"
     write_text(frozen, to_yaml(config))
     result.unlink(missing_ok=True)
-    words = ["step", case.pack, case.activations] if case.of == "step" else ["peer", case.of, case.pack]
+    words = ["peer", case.of, case.pack] if case.of != "step" else ["step", *case[:3]]
     command = [sys.executable, "-m", f"longalign.bench.{words[0]}", str(frozen), *words[1:], str(result)]
     with open(log, "w") as said:
         code = subprocess.run(command, stdout=said, stderr=said).returncode

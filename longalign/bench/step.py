@@ -1,4 +1,6 @@
-"""Whole optimizer steps through the training engine: `python -m longalign.bench.step CONFIG PACK POLICY RESULT`.
+"""Whole optimizer steps through the training engine.
+
+    python -m longalign.bench.step CONFIG PACK ATTENTION POLICY RESULT
 
 A process of its own, as a rank of a run is: the packs of a step forward and backward, gradients added up, clipping and
 AdamW, by the very code of `longalign train`.
@@ -30,13 +32,13 @@ from longalign.train.worker import join, leave, train_step
 WARM_UP = 1  # step: the optimizer makes its states, and activations are chosen
 
 
-def main(config_file: str, pack: str, policy: str, result: str) -> None:
+def main(config_file: str, pack: str, backend: str, policy: str, result: str) -> None:
     config = load_frozen(config_file)
     device = resolve_device(config)
     config = config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"device": device, "processes": 1, "nodes": 1}),
-            "model": config.model.model_copy(update={"init": "random"}),
+            "model": config.model.model_copy(update={"init": "random", "attention": backend}),
             "activations": policy,
         }
     )

@@ -19,6 +19,7 @@ from longalign.schema import Config
 from longalign.train.heartbeat import DUMP, read
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 TAIL = 4000  # bytes of a failed rank's log that are shown
 
 
@@ -53,12 +54,17 @@ def common_environment(config: Config) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // int(config.cluster.processes))
     made = {
         "DS_ACCELERATOR": "cpu" if cpu else "cuda",
-        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        ALLOCATOR: allocator(config),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if cpu:
         made["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return {**made, **config.cluster.env}
+
+
+def allocator(config: Config) -> str:
+    """torch's setting for GPU memory: segments that grow, since the shapes of packs vary."""
+    return config.cluster.env.get(ALLOCATOR) or os.environ.get(ALLOCATOR) or "expandable_segments:True"
 
 
 def start_worker(

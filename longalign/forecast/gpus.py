@@ -1,12 +1,15 @@
 """What a GPU does.
 
 The H200's rates are measured with `longalign bench` (docs/benchmarks.md); the others' are the H200's, scaled by their
-makers' figures for matrices and memory, and marked so.
+makers' figures for matrices and memory, and marked so. A device that is here has the memory that it says.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+
+import torch
 
 
 class Gpu(NamedTuple):
@@ -52,5 +55,27 @@ GPUS = {
 
 
 def find(name: str) -> Gpu | None:
-    """Of torch.cuda.get_device_name's words, as in 'NVIDIA H200' and 'NVIDIA A100-SXM4-80GB'."""
-    return next((gpu for gpu in GPUS.values() if all(part in name for part in gpu.name.split("-"))), None)
+    """The kind that torch.cuda.get_device_name tells, as in 'NVIDIA H200' and 'NVIDIA A100-SXM4-80GB'.
+
+    None for kinds not in the table. Whole words count: a GH200 is no H200, and a MIG slice has not its GPU's rates.
+    """
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((gpu for gpu in GPUS.values() if words >= set(gpu.name.split("-"))), None)
+
+
+def here() -> Gpu | None:
+    """This process' CUDA device with its own memory, None without one; an unknown kind has the H200's rates."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    kind = find(name) or H200._replace(name=name, measured=False)
+    return kind._replace(memory=float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory))
+
+
+def planned(name: str) -> Gpu | None:
+    """The GPU of plan.gpu=name; for auto the one here, None if there is none or its kind is unknown."""
+    if name != "auto":
+        return GPUS[name]
+    return here() if torch.cuda.is_available() and find(torch.cuda.get_device_name()) else None

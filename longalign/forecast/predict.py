@@ -56,6 +56,7 @@ class Pass(NamedTuple):
     seconds: float
     peak: float  # bytes, with what stands between passes
     kept: str
+    host: float = 0.0  # bytes of host memory for activations
 
 
 def predict(
@@ -66,19 +67,37 @@ def predict(
     fixed: float,
     host_room: float = np.inf,
     sequence_parallel: int = 1,
+    slices: bool = True,
 ) -> Pass | None:
-    """Of documents (lengths in tokens) in one pack; None if it does not fit.
+    """As estimate; None if it does not fit."""
+    found = estimate(documents, shape, gpu, policy, fixed, host_room, sequence_parallel, slices)
+    return found if found.peak <= gpu.memory * (1 - MARGIN) else None
+
+
+def estimate(
+    documents: Any,
+    shape: dict[str, int],
+    gpu: Gpu,
+    policy: Policy,
+    fixed: float,
+    host_room: float = np.inf,
+    sequence_parallel: int = 1,
+    slices: bool = True,
+) -> Pass:
+    """Of documents (lengths in tokens) in one pack, on a GPU that holds it or one that would have to be larger.
 
     fixed: bytes of weights, gradients and states on the GPU. host_room: bytes of host memory for activations.
     sequence_parallel: GPUs that run the pack together, each an equal share of its tokens and of its attention.
+    slices: whether the pack may run in slices. Training cuts none where other ranks have packs of their own, and would
+    wait for the one that has most.
     """
     lengths = np.asarray(documents, dtype=np.float64)
     tokens, size, layers = float(lengths.sum()) / sequence_parallel, Bytes.of(shape), shape["layers"]  # of one GPU
     room = gpu.memory * (1 - MARGIN) - fixed
     limit = room / size.whole  # tokens of which everything is kept
-    if policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
+    if slices and policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
         return _in_slices(lengths, limit, shape, gpu, fixed, host_room, sequence_parallel)
-    again, attention_again = 1.0, 0.0  # shares of layers that compute matrices and attention again
+    again, attention_again, host = 1.0, 0.0, 0.0  # shares of layers that compute matrices and attention again
     on_host = tokens * (size.inputs + size.attention) <= host_room
     passing = tokens * size.passing if tokens < TILE_FROM else tokens * size.tiled + TILE * size.passing
     two_layers = 2 * tokens * (size.inputs + size.attention) / layers  # on their way from and to the host
@@ -88,6 +107,7 @@ def predict(
     elif policy == "budget":
         on_host = on_host and selective + layers * tokens * size.matmuls > room
         base = tokens * size.passing + two_layers if on_host else selective
+        host = tokens * (size.inputs + size.attention) * on_host
         whole_layers = int(np.clip((room - base) / (tokens * size.matmuls), 0, layers))
         again, peak = 1 - whole_layers / layers, base + whole_layers * tokens * size.matmuls
         kept = f"attention{' in host memory' * on_host}, matmuls in {whole_layers} of {layers} layers"
@@ -97,10 +117,9 @@ def predict(
         attention_again = 1 - float(np.clip((host_room / tokens - size.inputs) / size.attention, 0, 1))
         stays = max(0.0, tokens * size.inputs - host_room)  # layer inputs for which the host has no room
         peak, kept = passing + two_layers + stays, policy
+        host = min(host_room, tokens * (size.inputs + size.attention))
     else:
         attention_again, peak, kept = 1.0, tokens * (size.inputs + size.passing), policy
-    if peak > room:
-        return None
     cost = cost_of(shape)
     forward, backward = np.array([gpu.attention(length) for length in lengths]).T
     attention = cost.quadratic * lengths**2 / 3 / sequence_parallel
@@ -109,7 +128,7 @@ def predict(
     seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
     passes = 2 if kept == "everything" else 3  # forward, backward, and forward again
     seconds += passes * tokens * _exchanged(shape, sequence_parallel) / gpu.link
-    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + peak, kept)
+    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + peak, kept, host)
 
 
 def _in_slices(
@@ -120,19 +139,17 @@ def _in_slices(
     fixed: float,
     host_room: float,
     sequence_parallel: int,
-) -> Pass | None:
+) -> Pass:
     """As data/batch.cut cuts a pack."""
     slices: list[list[float]] = [[]]
     for length in lengths.tolist():
         if slices[-1] and sum(slices[-1]) + length > limit * sequence_parallel:
             slices.append([])
         slices[-1].append(length)
-    found = [predict(piece, shape, gpu, "budget", fixed, host_room, sequence_parallel) for piece in slices]
-    done = [one for one in found if one]
-    if len(done) < len(found):
-        return None
-    kept = f"{max(done, key=lambda one: one.seconds).kept}, {len(done)} slices"
-    return Pass(sum(one.seconds for one in done), max(one.peak for one in done), kept)
+    found = [estimate(piece, shape, gpu, "budget", fixed, host_room, sequence_parallel) for piece in slices]
+    kept = f"{max(found, key=lambda one: one.seconds).kept}, {len(found)} slices"
+    peak, host = (max(getattr(one, key) for one in found) for key in ("peak", "host"))
+    return Pass(sum(one.seconds for one in found), peak, kept, host)
 
 
 def _exchanged(shape: dict[str, int], ranks: int) -> float:

@@ -9,29 +9,25 @@ a GPU at hand the worst pack is run first, and what it takes corrects the rest.
 from __future__ import annotations
 
 import tempfile
-from math import gcd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich import box
 from rich.table import Table
 
-from longalign.bench.run import Case, run_case
+from longalign.bench.run import Case, run_case, set_allocator
 from longalign.data.packing import deal
 from longalign.data.plan import Plan, group, identity, is_fresh, lengths_of, read_data, steps_to_train
 from longalign.errors import UserError
 from longalign.files import disk_errors, write_json
 from longalign.forecast import gpus
+from longalign.forecast.fit import GIB, Site, does_not_fit, policies, policy_table
 from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
-from longalign.model.activations import Policy, resolve_policy
-from longalign.model.cost import shape_of
 from longalign.model.load import load_config
-from longalign.model.offload import SHARE, free_host_memory
-from longalign.preflight import check_sequence_parallel, count_parameters, memory_needs
+from longalign.preflight import check_sequence_parallel, count_parameters
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 from longalign.stats import ranks_of, strategies
@@ -42,17 +38,14 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 
 def plan(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
+    set_allocator(config)
     gpu, ranks = find_gpu(config), ranks_of(config)
     cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks, "nodes": 1})
     config, together = config.model_copy(update={"cluster": cluster}), cluster.sequence_parallel
     check_sequence_parallel(config)
     dataset, data = read_data(config.data_dir)
-    hf = load_config(config)
-    shape, parameters, lengths = shape_of(hf), count_parameters(config), lengths_of(dataset)
-    fixed, on_host = memory_needs(config, parameters)
-    host = (config.plan.host_gib or psutil.virtual_memory().total / 2**30) * 2**30
-    room = max(0.0, SHARE * (host - on_host) / min(ranks, 8))
-    policy = resolve_policy(config, "cuda")
+    parameters, lengths = count_parameters(config), lengths_of(dataset)
+    site = Site.of(config, parameters, gpu)
     chosen = strategies(config)
     if dry_run:
         console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(chosen)} on {ranks} x {gpu.name}")
@@ -68,29 +61,31 @@ def plan(config: Config, dry_run: bool) -> int:
             bar.advance(1, note=name)
     if not steps:
         raise UserError(refused[config.strategy.name])
-    time_of = lambda documents: predict(documents, shape, gpu, policy, fixed, room, together)
     worst = max(
         (p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: (np.square(p).sum(), p.sum())
     )
     largest = max((p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: p.sum())
     for pack in (worst, largest):
-        if time_of(pack) is None:
-            raise UserError(does_not_fit(config, pack, shape, gpu, parameters, room))
-    factor = probe(config, hf, worst, shape, gpu, policy, parameters, room) if config.plan.probe else None
+        if site.predict(pack) is None:
+            console.print(policy_table(site, pack, policies(site, pack)))
+            raise UserError(does_not_fit(site, pack))
+    factor = probe(site, worst) if config.plan.probe else None
     step_extra = optimizer_seconds(config, parameters, gpu)
     rows = {
-        name: forecast(found, config, ranks, time_of, exchange(config, parameters, gpu), step_extra, factor or 1.0)
+        name: forecast(found, site, exchange(config, parameters, gpu), step_extra, factor or 1.0)
         for name, found in steps.items()
     }
+    costs = policies(site, worst, factor or 1.0)
     report = {
         "gpu": gpu.name,
         "gpu_measured": gpu.measured,
         "ranks": ranks,
         "sequence_parallel": together,
-        "activations": policy,
-        "fixed_gib": fixed / 2**30,
+        "activations": site.policy,
+        "fixed_gib": site.fixed / GIB,
         "worst_pack": {"tokens": int(worst.sum()), "documents": len(worst), "longest": int(worst.max())},
         "probe": factor,
+        "policies": costs,
         "strategies": rows,
         "refused": refused,
     }
@@ -99,6 +94,7 @@ def plan(config: Config, dry_run: bool) -> int:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "plan.json", report)
     console.print(table(report))
+    console.print(policy_table(site, worst, costs))
     for name, why in refused.items():
         warn(f"strategy={name} left out: {why}")
     return 0
@@ -106,11 +102,9 @@ def plan(config: Config, dry_run: bool) -> int:
 
 def find_gpu(config: Config) -> gpus.Gpu:
     """plan.gpu, or the one that is here. Raises UserError."""
-    if config.plan.gpu != "auto":
-        return gpus.GPUS[config.plan.gpu]
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    if found := gpus.find(here):
+    if found := gpus.planned(config.plan.gpu):
         return found
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     what = f"this machine's {here} is not known" if here else "this machine has none"
     raise UserError(f"plan.gpu=auto: {what}; give plan.gpu={'|'.join(gpus.GPUS)}")
 
@@ -132,15 +126,18 @@ def steps_of(config: Config, data: dict[str, Any], lengths: np.ndarray) -> dict[
     }
 
 
-def forecast(
-    found: dict[str, Any], config: Config, ranks: int, time_of: Any, exchanged: float, step_extra: float, factor: float
-) -> dict[str, Any]:
-    """Figures of one strategy."""
+def forecast(found: dict[str, Any], site: Site, exchanged: float, step_extra: float, factor: float) -> dict[str, Any]:
+    """Figures of one strategy. Raises UserError if the packs of a micro-step do not fit together."""
     seconds, busy, tokens, most = 0.0, 0.0, 0, Pass(0.0, 0.0, "")
-    groups = ranks // config.cluster.sequence_parallel  # that packs are dealt to
+    cluster = site.config.cluster
+    ranks, groups = cluster.ranks, cluster.ranks // cluster.sequence_parallel  # that packs are dealt to
     for packs, costs in zip(found["packs"], found["costs"], strict=True):
-        for micro in deal(costs, groups, config.cluster.packs_per_micro_step):
-            passes = [time_of(np.concatenate([packs[p] for p in mine])) for mine in micro if mine]
+        for micro in deal(costs, groups, cluster.packs_per_micro_step):
+            passes: list[Pass] = []
+            for documents in (np.concatenate([packs[p] for p in mine]) for mine in micro if mine):
+                passes.append(site.estimate(documents))
+                if not site.fits(passes[-1]):
+                    raise UserError(does_not_fit(site, documents))
             times = [one.seconds * factor for one in passes]
             seconds += max(*times, exchanged)
             busy += sum(times) / groups
@@ -148,7 +145,7 @@ def forecast(
         seconds += step_extra
         tokens += int(sum(pack.sum() for pack in packs))
     hours = seconds / len(found["packs"]) * found["steps"] / 3600
-    price = config.plan.price_per_gpu_hour
+    price = site.config.plan.price_per_gpu_hour
     return {
         "steps": found["steps"],
         "seconds_per_step": seconds / len(found["packs"]),
@@ -158,7 +155,7 @@ def forecast(
         "gpu_hours": hours * ranks,
         "cost": hours * ranks * price if price is not None else None,
         "idle": 1 - busy / seconds,
-        "peak_gib": most.peak / 2**30,
+        "peak_gib": most.peak / GIB,
         "kept": most.kept,
     }
 
@@ -180,64 +177,27 @@ def optimizer_seconds(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
     return parameters / ranks * 38 / gpu.bandwidth + (parameters * 6 / gpu.link if ranks > 1 else 0)
 
 
-def probe(
-    config: Config, hf: Any, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, policy: Policy, parameters: int, room: float
-) -> float | None:
-    """Measured over predicted seconds of the worst pack, forward and backward; None without a GPU or without room."""
-    if not torch.cuda.is_available():
+def probe(site: Site, worst: np.ndarray) -> float | None:
+    """Measured over predicted seconds of the worst pack, forward and backward; None, and why, if it cannot run here."""
+    config, here = site.config, gpus.here()
+    if here is None or gpus.find(torch.cuda.get_device_name()) is None or here.name != site.gpu.name:
+        what = f"this machine's GPU is {torch.cuda.get_device_name()}" if here else "this machine has no GPU"
+        console.print(f"not probed: the plan is for {site.gpu.name}, {what}")
         return None
-    backend = attention.backend_of(config, hf, "cuda")[0]
-    expected = predict(worst, shape, gpu, policy, 4 * parameters, room)  # weights and gradients in bf16
+    # Weights and gradients in bf16 on one GPU, which cuts slices.
+    expected = predict(worst, site.shape, here, site.policy, 4 * site.parameters, site.room)
     if expected is None:
+        console.print("not probed: the worst pack does not fit one GPU")
         return None
-    row = run_case(config, hf, Case("worst", backend, policy), worst.tolist(), "cuda")
+    hf = load_config(config)
+    backend = attention.backend_of(config, hf, "cuda")[0]
+    row = run_case(config, hf, Case("worst", backend, site.policy), worst.tolist(), "cuda")
     if "failed" in row:
         return None
-    peak = row["peak_bytes"] / 2**30
-    told = (
-        f"{row['seconds']:.2f} s and {peak:.1f} GiB, predicted {expected.seconds:.2f} s and {expected.peak / 2**30:.1f}"
-    )
+    peaks = row["peak_bytes"] / GIB, expected.peak / GIB
+    told = f"{row['seconds']:.2f} s and {peaks[0]:.1f} GiB, predicted {expected.seconds:.2f} s and {peaks[1]:.1f}"
     console.print(f"worst pack, {worst.sum():,} tokens in {len(worst)} documents: {told}")
     return float(row["seconds"] / expected.seconds)
-
-
-def does_not_fit(config: Config, worst: np.ndarray, shape: Any, gpu: gpus.Gpu, parameters: int, room: float) -> str:
-    """What to change so that the worst pack fits, the least first."""
-    changes: list[dict[str, Any]] = [{}]
-    if config.cluster.ranks > 1 and config.cluster.zero_stage < 3:
-        changes.append({"cluster.zero_stage": 3})
-    if not config.cluster.offload_optimizer:
-        changes += [{**change, "cluster.offload_optimizer": True} for change in changes]
-    changes = [
-        {**change, **policy} for change in changes for policy in ({}, {"activations": "offload"}) if change or policy
-    ]
-    most = gcd(shape["heads"], int(config.cluster.processes))
-    more = [n for n in range(config.cluster.sequence_parallel + 1, most + 1) if most % n == 0]
-    changes += [{**change, "cluster.sequence_parallel": n} for n in more for change in ({}, *changes)]
-    for change in changes:
-        inner = {key.removeprefix("cluster."): value for key, value in change.items() if key.startswith("cluster.")}
-        other = config.model_copy(update={"cluster": config.cluster.model_copy(update=inner)})
-        policy = change.get("activations", resolve_policy(config, "cuda"))
-        together = other.cluster.sequence_parallel
-        if predict(worst, shape, gpu, policy, memory_needs(other, parameters)[0], room, together):
-            words = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-            return f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}; it would with {words}"
-    cluster = config.cluster
-    key = "strategy.pack_tokens" if worst.sum() > config.max_length else f"max_length={config.max_length}"
-    return (
-        f"a pack of {worst.sum():,} tokens does not fit one {gpu.name}, whatever is offloaded; use more GPUs "
-        f"(cluster.processes={cluster.processes} cluster.sequence_parallel={cluster.sequence_parallel}), or lower {key}"
-    )
-
-
-def advice(config: Config, documents: list[int]) -> str:
-    """What to change after a GPU ran out of memory on a micro-step of these documents."""
-    gpu = gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    if gpu is None:
-        return "set activations=offload, cluster.zero_stage=3 or cluster.offload_optimizer=true, or lower max_length"
-    room = SHARE * free_host_memory() / min(int(config.cluster.processes), 8)
-    parameters = count_parameters(config)
-    return does_not_fit(config, np.array(documents), shape_of(load_config(config)), gpu, parameters, room)
 
 
 def table(report: dict[str, Any]) -> Table:

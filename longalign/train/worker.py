@@ -26,7 +26,7 @@ from longalign.config import load_frozen
 from longalign.data.batch import Batch
 from longalign.data.plan import Pack, Plan, read_data, steps_to_train
 from longalign.errors import UserError
-from longalign.forecast.run import advice
+from longalign.forecast.fit import advice
 from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
@@ -97,14 +97,16 @@ def train_step(
 
 
 @contextlib.contextmanager
-def out_of_memory_told(config: Config, batch: Batch) -> Iterator[None]:
-    """Raises UserError, with a setting that fits, if the GPU's memory runs out within a micro-step."""
+def out_of_memory_told(config: Config, batch: Batch | None = None) -> Iterator[None]:
+    """Raises UserError, with a setting that fits, if the GPU's memory runs out within a micro-step, or before any."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        documents = batch.cu_seqlens.diff().tolist()
-        what = f"a micro-step of {sum(documents):,} tokens in {len(documents)} documents"
-        raise UserError(f"out of GPU memory on {what}: {advice(config, documents)}") from error
+        documents = batch.cu_seqlens.diff().tolist() if batch else None
+        what = "as the engine was built"
+        if documents:
+            what = f"on a micro-step of {sum(documents):,} tokens in {len(documents)} documents"
+        raise UserError(f"out of GPU memory {what}: {advice(config, documents)}") from error
 
 
 def train(config: Config) -> None:
@@ -141,8 +143,9 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
     dataset, data = read_data(config.data_dir)
     plan = Plan(run / "plan", data)
     n_steps, breakdown = steps_to_train(plan.n_steps, config), Breakdown(dataset)
-    engine = build_engine(config, dist.get_world_size())
-    done = take_up(config, engine, plan)
+    with out_of_memory_told(config):
+        engine = build_engine(config, dist.get_world_size())
+        done = take_up(config, engine, plan)
     journal = Journal(config, done, writes=rank == 0)
     trace, bad_steps = Trace(engine.device, heartbeat), BadSteps(config, dataset, journal, done)
     evaluation = Evaluation(config, engine, journal, n_steps, done) if config.eval_every else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 from longalign.bench import run
 from longalign.bench.layouts import lengths
 from longalign.bench.plot import plot
+from longalign.cluster.workers import ALLOCATOR, common_environment
 from longalign.config import compose_config
 from longalign.errors import UserError
+from longalign.schema import Config
 
 WORDS = ["model=tiny", "cluster=cpu", "max_length=512", "bench.repeat=2", "bench.warm_up=1"]
 
@@ -49,6 +53,56 @@ def test_whole_steps_run_the_training_engine(tmp_path: Path) -> None:
     of_pass, of_step = bench(tmp_path, *words, "bench.repeat=1")["rows"]
     assert (of_step["of"], of_step["tokens"]) == ("step", 3 * of_pass["tokens"])
     assert len(of_step["all_seconds"]) == 2, "one to warm up"
+
+
+def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And take GPU memory as a run's workers do."""
+    from longalign.bench import step
+
+    built: list[Any] = []
+
+    def build(config: Config, _: int) -> None:
+        built.append(config)
+        raise InterruptedError
+
+    def start(command: list[str], **_: Any) -> SimpleNamespace:
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        with pytest.raises(InterruptedError):
+            step.main(*command[3:])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(step, "join", lambda _: None)
+    monkeypatch.setattr(step, "build_engine", build)
+    monkeypatch.setattr(run.subprocess, "run", start)
+    monkeypatch.setattr(run.attention, "choose_backend", lambda *_: ("varlen", "asked for"))
+    monkeypatch.setattr(run, "run_case", lambda *_: {"failed": "not run"})
+    bench(tmp_path, "bench.packs=[2x100]", "bench.attention=[varlen]", "bench.step_packs=2")
+    assert [(one.model.attention, one.activations) for one in built] == [("varlen", "budget")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "setting", "told_torch"),
+    [
+        (None, [], "expandable_segments:True", True),
+        ("max_split_size_mb:64", [], "max_split_size_mb:64", False),  # which torch has read
+        (None, ["cluster.env={PYTORCH_CUDA_ALLOC_CONF: 'max_split_size_mb:8'}"], "max_split_size_mb:8", True),
+    ],
+)
+def test_gpu_memory_is_taken_as_workers_take_it(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, words: list[str], setting: str, told_torch: bool
+) -> None:
+    config = compose_config("bench", [*WORDS, *words])
+    monkeypatch.setenv(ALLOCATOR, given or "")
+    assert common_environment(config)[ALLOCATOR] == setting
+    told: list[str] = []
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run.torch._C, "_accelerator_setAllocatorSettings", told.append)
+    run.set_allocator(config)
+    assert os.environ[ALLOCATOR] == setting
+    assert told == [setting] * told_torch
 
 
 def test_mix_is_long_and_short_and_fills_the_pack() -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from longalign.config import compose_config
 from longalign.errors import UserError
-from longalign.forecast import run
-from longalign.forecast.gpus import H200
+from longalign.forecast import fit, run
+from longalign.forecast.gpus import GPUS, H200
+from longalign.launch import prepare_run
+from longalign.schema import Config
 
 Plan = Callable[..., dict[str, Any]]
 
@@ -72,17 +74,102 @@ def test_no_gpu_here_is_said(plan: Plan) -> None:
         plan("plan.gpu=auto")
 
 
+LLAMA2_7B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
+
+
+def site_of(base_words: list[str], *words: str, gpu: str = "H200") -> fit.Site:
+    config = compose_config("plan", [*base_words, *words])
+    return fit.Site(config, LLAMA2_7B, 6_740_000_000, GPUS[gpu], host=1e12)
+
+
 def test_the_nearest_setting_that_fits(base_words: list[str]) -> None:
-    shape = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
-    config = compose_config("plan", [*base_words, "cluster=1gpu", "cluster.offload_optimizer=false"])
-    told = lambda tokens, config: run.does_not_fit(config, np.array([tokens]), shape, H200, 6_740_000_000, 400e9)
-    assert told(131072, config).endswith("it would with activations=offload")
-    assert told(700_000, config).endswith("it would with cluster.offload_optimizer=true activations=offload")
-    two = config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update={"processes": 2, "zero_stage": 1, "offload_optimizer": True})
-        }
-    )
+    one = site_of(base_words, "cluster=1gpu", "cluster.offload_optimizer=false")
+    told = lambda tokens, site: fit.does_not_fit(site, np.array([tokens]))
+    assert told(131072, one).endswith("it would with activations=offload")
+    assert told(900_000, one).endswith("it would with cluster.offload_optimizer=true activations=offload")
+    two = site_of(base_words, "cluster=2gpu", "cluster.zero_stage=1")
     assert told(200_000, two).endswith("it would with activations=offload")
     assert told(1_600_000, two).endswith("it would with activations=offload cluster.sequence_parallel=2")
-    assert "whatever is offloaded" in told(2**22, config)
+    assert "whatever is offloaded" in told(2**22, one)
+    small = site_of(base_words, "cluster=2gpu", "cluster.zero_stage=1", "cluster.offload_optimizer=false", gpu="H100")
+    assert told(65536, small).endswith("it would with cluster.zero_stage=3")
+    assert told(65536, site_of(base_words, "cluster=1gpu", "activations=none")).endswith("with activations=budget")
+
+
+def test_a_length_that_fits_is_said_where_nothing_else_helps(base_words: list[str]) -> None:
+    site = site_of(base_words, "cluster=1gpu", "activations=offload", "max_length=4194304")
+    told = fit.does_not_fit(site, np.array([2**22]))
+    length = int(told.rpartition("or max_length=")[2])
+    assert site.predict(np.array([length]))
+    assert not site.predict(np.array([length * 34 // 32]))
+
+
+def test_packs_joined_in_a_micro_step_that_do_not_fit(plan: Plan, base_words: list[str]) -> None:
+    site = site_of(base_words, "cluster=2gpu", "cluster.packs_per_micro_step=8", "max_length=65536")
+    assert fit.does_not_fit(site, np.full(8 * 64, 1024)).endswith("it would with cluster.packs_per_micro_step=1")
+
+
+def test_joined_packs_that_do_not_fit_end_the_plan(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pack alone does: of 128 tokens at most."""
+    words = ["cluster.processes=1", "cluster.packs_per_micro_step=4", "activations=none"]
+    fixed = plan(*words)["fixed_gib"] * 2**30
+    whole = next(row for row in plan(*words)["policies"] if row["activations"] == "none")["peak_gib"] * 2**30 - fixed
+    monkeypatch.setitem(run.gpus.GPUS, "H200", H200._replace(memory=(fixed + 1.5 * whole) / 0.96))
+    with pytest.raises(
+        UserError, match=r"a micro-step \(cluster\.packs_per_micro_step=4\) of .* does not fit one H200"
+    ):
+        plan(*words)
+    plan(*words, "cluster.packs_per_micro_step=1")
+
+
+def test_every_policy_is_priced(plan: Plan, capsys: pytest.CaptureFixture[str], base_words: list[str]) -> None:
+    rows = plan("cluster.processes=2")["policies"]
+    assert [row["activations"] for row in rows] == ["full", "selective", "budget", "offload", "none"]
+    assert [row["chosen"] for row in rows] == [False, False, True, False, False]
+    said = " ".join(capsys.readouterr().err.split())
+    for row in rows:
+        assert row["activations"] in said
+    documents = np.array([65536])
+    full, selective, budget, offload, none = fit.policies(site_of(base_words, "cluster=8gpu", gpu="H100"), documents)
+    assert full["peak_gib"] < selective["peak_gib"] < budget["peak_gib"] < 79.1 < none["peak_gib"]
+    assert full["seconds"] > selective["seconds"] > budget["seconds"] > none["seconds"]
+    assert [row["fits"] for row in (full, selective, budget, offload, none)] == [True, True, True, True, False]
+    states = 20 * 6.74e9 / 2**30
+    assert full["host_gib"] == pytest.approx(states)
+    inputs_and_attention = 8 * 65536 * 32 * (2 * 4096 + 2 * 4096 + 4 * 32) / 2**30
+    assert offload["host_gib"] == pytest.approx(states + inputs_and_attention)
+
+
+def test_no_slices_where_ranks_have_packs_of_their_own(base_words: list[str]) -> None:
+    """As in training: all would wait for the rank with most slices."""
+    documents = np.full(256, 1024)
+    for words, sliced in (
+        (["cluster=1gpu"], True),
+        (["cluster=2gpu", "cluster.zero_stage=1"], False),
+        (["cluster=2gpu"], False),
+        (["cluster=2gpu", "cluster.sequence_parallel=2"], True),
+    ):
+        assert ("slices" in site_of(base_words, *words).estimate(documents).kept) == sliced
+
+
+@pytest.mark.parametrize("here", [None, "NVIDIA H100 80GB HBM3", "NVIDIA GH200 144G HBM3e"])
+def test_another_gpu_than_the_planned_is_not_probed(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: str | None
+) -> None:
+    monkeypatch.setattr(run, "run_case", lambda *_: pytest.fail("it was probed"))
+    monkeypatch.setattr(run.gpus, "here", lambda: H200._replace(name="H100") if here else None)
+    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: here)
+    assert plan("plan.gpu=H200", "plan.probe=true")["probe"] is None
+    said = " ".join(capsys.readouterr().err.split())
+    what = f"'s GPU is {here}" if here else " has no GPU"
+    assert f"not probed: the plan is for H200, this machine{what}" in said
+
+
+def test_a_dry_run_tells_what_is_kept(run_config: Callable[..., Config], tmp_path: Path) -> None:
+    told = lambda *words: dict(prepare_run(run_config(tmp_path / "run", *words), dry_run=True)[1])["activations"]
+    assert told() == "full"
+    assert told("activations=selective") == "selective"
+    planned = told("plan.gpu=H100")
+    assert planned.startswith("budget; predicted for the costliest micro-step (128 tokens): ")
+    assert "of the H100's 79.1 GiB" in planned
+    assert planned.endswith("kept: everything")

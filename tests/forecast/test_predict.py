@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -110,9 +112,29 @@ def test_what_does_not_fit_is_said() -> None:
         ("NVIDIA H200", "H200"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA H100 NVL", "H100"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB", None),
         ("Tesla T4", None),
     ],
 )
 def test_names_of_gpus(said: str, name: str | None) -> None:
     found = gpus.find(said)
     assert (found.name if found else None) == name
+
+
+@pytest.mark.parametrize(("said", "name"), [("NVIDIA H100 NVL", "H100"), ("Tesla T4", "Tesla T4")])
+def test_the_device_here_has_the_memory_that_it_says(said: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus.here() is None or gpus.torch.cuda.is_available()
+    monkeypatch.setattr(gpus.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpus.torch.cuda, "get_device_name", lambda: said)
+    monkeypatch.setattr(gpus.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=93 * 2**30))
+    found = gpus.here()
+    assert found is not None
+    assert (found.name, found.memory) == (name, 93 * 2**30)
+    planned = gpus.planned("auto")
+    assert planned == (found if name == "H100" else None), "rates of an unknown kind are not guessed"
+    assert gpus.planned("H100") == gpus.GPUS["H100"]
