@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from longalign.cluster.workers import set_allocator
 from longalign.errors import UserError
 from longalign.progress import console, warn
 from longalign.schema import Config
@@ -197,6 +198,7 @@ def verify(config: Config, dry_run: bool) -> int:
 
 
 def plan(config: Config, dry_run: bool) -> int:
+    set_allocator(config)
     from longalign.forecast import run
 
     return run.plan(config, dry_run)
@@ -208,6 +210,7 @@ def bench(config: Config, dry_run: bool) -> int:
 
         return strategies.bench(config, dry_run)
     _runs_alone(config, "bench")
+    set_allocator(config)
     from longalign.bench import run
 
     return run.bench(config, dry_run)

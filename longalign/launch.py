@@ -34,6 +34,7 @@ from longalign.preflight import (
     check_run_folder,
     check_sequence_parallel,
     count_parameters,
+    settle_offload,
 )
 from longalign.progress import console, warn
 from longalign.schema import Cluster, Config
@@ -57,7 +58,7 @@ def resolve(config: Config) -> Config:
     local = lambda path: absolute(path) if path and Path(path).expanduser().exists() else path
     model = {"path": local(config.model.path), "tokenizer": local(config.model.tokenizer)}
     check_sequence_parallel(config.model_copy(update={"cluster": cluster}))
-    return config.model_copy(
+    settled = config.model_copy(
         update={
             "cluster": cluster,
             "model": config.model.model_copy(update=model),
@@ -67,6 +68,7 @@ def resolve(config: Config) -> Config:
             "resume": config.resume if config.resume in ("none", "auto") else absolute(config.resume),
         }
     )
+    return settle_offload(settled)
 
 
 def resolve_cluster(config: Config) -> Cluster:
@@ -106,6 +108,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
         who = f"{groups} ranks" if together == 1 else f"{groups} groups of {together} ranks"
         warn(f"{len(packs)} packs per step on {who}: {idle:.0%} of the time is idle; raise packs_per_step")
     shared = f", {together} ranks run a pack together (sequence parallelism)" if together > 1 else ""
+    offloaded = ", optimizer on the host" if cluster.offload_optimizer else ""
     nodes = f"{cluster.nodes} nodes x " if cluster.launcher != "local" else ""
     dtype = str(resolve_dtype(config, cluster.device)).removeprefix("torch.")
     return [
@@ -121,7 +124,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
         ("waiting", waiting(config, plan, groups)),
         ("attention", chosen),
         ("activations", told(config, parameters, plan)),
-        ("cluster", f"{nodes}{cluster.processes} x {cluster.device}, ZeRO-{cluster.zero_stage}{shared}"),
+        ("cluster", f"{nodes}{cluster.processes} x {cluster.device}, ZeRO-{cluster.zero_stage}{offloaded}{shared}"),
         ("output", str(run)),
         *started_by(config),
     ]

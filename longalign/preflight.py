@@ -74,6 +74,27 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     return (0.0, (device + on_host) * here) if cluster.device == "cpu" else (device, on_host * here)
 
 
+STATES = 0.75  # of a GPU's memory, that weights, gradients and optimizer states may take
+ANY_GPU = 80e9  # bytes, where a run is prepared on a machine without one
+
+
+def settle_offload(config: Config, gpu_bytes: float | None = None) -> Config:
+    """With cluster.offload_optimizer=auto settled: true if the GPU would else have little room for activations.
+
+    gpu_bytes: of a GPU's memory; None is this machine's. Device, processes and nodes must be settled.
+    """
+    if config.cluster.offload_optimizer != "auto":
+        return config
+    with_it = lambda offload: config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"offload_optimizer": offload})}
+    )
+    if config.cluster.device == "cpu" or config.cluster.zero_stage == 0:
+        return with_it(False)
+    if gpu_bytes is None:
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ANY_GPU
+    return with_it(memory_needs(with_it(False), count_parameters(config))[0] > STATES * gpu_bytes)
+
+
 def disk_needs(config: Config, steps: int, parameters: int) -> float:
     """Bytes of the checkpoints that a run of `steps` keeps, of the one being written, and of the exported model."""
     saved = (steps - 1) // config.save_every if config.save_every else 0

@@ -89,7 +89,7 @@ class Cluster(Strict):
     pass_env: Words
     slurm: Slurm
     zero_stage: Annotated[int, Field(ge=0, le=3)]
-    offload_optimizer: bool
+    offload_optimizer: bool | Literal["auto"]  # auto until launch.resolve
     offload_param: bool
     packs_per_micro_step: PositiveInt
     sequence_parallel: PositiveInt

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from longalign.bench.layouts import lengths, make_batch, sequence_weights
 from longalign.bench.plot import plot
-from longalign.cluster.workers import ALLOCATOR, allocator
 from longalign.config import to_yaml
 from longalign.data.batch import cut
 from longalign.files import disk_errors, read_json, versions, write_json, write_text
@@ -48,7 +46,6 @@ class Case(NamedTuple):
 
 def bench(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
-    set_allocator(config)
     device, hf = resolve_device(config), load_config(config)
     wanted = config.bench
     backends = [
@@ -94,15 +91,6 @@ def bench(config: Config, dry_run: bool) -> int:
     plot(report(config, device, rate, rows), output / "bench.png")
     console.print(f"written: {output}/bench.json, bench.png")
     return 0
-
-
-def set_allocator(config: Config) -> None:
-    """Take GPU memory as the workers of a run do, here and in processes that this one starts. Before any is taken."""
-    if os.environ.get(ALLOCATOR) == (setting := allocator(config)):
-        return
-    os.environ[ALLOCATOR] = setting
-    if torch.cuda.is_available():  # torch has read its environment when it was imported
-        torch._C._accelerator_setAllocatorSettings(setting)
 
 
 def tell_cost(rows: list[dict[str, Any]], way: tuple[str, str]) -> None:

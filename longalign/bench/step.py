@@ -26,6 +26,7 @@ from longalign.data.plan import Pack
 from longalign.data.template import IGNORE
 from longalign.files import write_json
 from longalign.model.load import load_config, resolve_device
+from longalign.preflight import settle_offload
 from longalign.train.engine import build_engine
 from longalign.train.worker import join, leave, train_step
 
@@ -42,6 +43,7 @@ def main(config_file: str, pack: str, backend: str, policy: str, result: str) ->
             "activations": policy,
         }
     )
+    config = settle_offload(config)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()))
     join(device)

@@ -67,6 +67,11 @@ def allocator(config: Config) -> str:
     return config.cluster.env.get(ALLOCATOR) or os.environ.get(ALLOCATOR) or "expandable_segments:True"
 
 
+def set_allocator(config: Config) -> None:
+    """Have this process, and those that it starts, take GPU memory as a run's workers do. Before torch is imported."""
+    os.environ[ALLOCATOR] = allocator(config)
+
+
 def start_worker(
     command: list[str], environment: dict[str, str], log: Path | None, if_orphaned: signal.Signals
 ) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from longalign.bench.run import Case, run_case, set_allocator
+from longalign.bench.run import Case, run_case
 from longalign.data.packing import deal
 from longalign.data.plan import Plan, group, identity, is_fresh, lengths_of, read_data, steps_to_train
 from longalign.errors import UserError
@@ -27,7 +27,7 @@ from longalign.forecast.fit import GIB, Site, does_not_fit, policies, policy_tab
 from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
 from longalign.model.load import load_config
-from longalign.preflight import check_sequence_parallel, count_parameters
+from longalign.preflight import check_sequence_parallel, count_parameters, settle_offload
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 from longalign.stats import ranks_of, strategies
@@ -38,10 +38,10 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 
 def plan(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
-    set_allocator(config)
     gpu, ranks = find_gpu(config), ranks_of(config)
     cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks, "nodes": 1})
     config, together = config.model_copy(update={"cluster": cluster}), cluster.sequence_parallel
+    config = settle_offload(config, gpu.memory)
     check_sequence_parallel(config)
     dataset, data = read_data(config.data_dir)
     parameters, lengths = count_parameters(config), lengths_of(dataset)

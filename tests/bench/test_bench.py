@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from longalign.bench import run
 from longalign.bench.layouts import lengths
 from longalign.bench.plot import plot
-from longalign.cluster.workers import ALLOCATOR, common_environment
+from longalign.cluster.workers import ALLOCATOR, common_environment, set_allocator
 from longalign.config import compose_config
 from longalign.errors import UserError
 from longalign.schema import Config
@@ -66,7 +68,6 @@ def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatc
         raise InterruptedError
 
     def start(command: list[str], **_: Any) -> SimpleNamespace:
-        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
         with pytest.raises(InterruptedError):
             step.main(*command[3:])
         return SimpleNamespace(returncode=1)
@@ -84,25 +85,36 @@ def test_steps_run_the_attention_that_their_row_tells(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("given", "words", "setting", "told_torch"),
+    ("given", "words", "setting"),
     [
-        (None, [], "expandable_segments:True", True),
-        ("max_split_size_mb:64", [], "max_split_size_mb:64", False),  # which torch has read
-        (None, ["cluster.env={PYTORCH_CUDA_ALLOC_CONF: 'max_split_size_mb:8'}"], "max_split_size_mb:8", True),
+        (None, [], "expandable_segments:True"),
+        ("max_split_size_mb:64", [], "max_split_size_mb:64"),
+        (None, ["cluster.env={PYTORCH_CUDA_ALLOC_CONF: 'max_split_size_mb:8'}"], "max_split_size_mb:8"),
     ],
 )
 def test_gpu_memory_is_taken_as_workers_take_it(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, words: list[str], setting: str, told_torch: bool
+    monkeypatch: pytest.MonkeyPatch, given: str | None, words: list[str], setting: str
 ) -> None:
     config = compose_config("bench", [*WORDS, *words])
     monkeypatch.setenv(ALLOCATOR, given or "")
     assert common_environment(config)[ALLOCATOR] == setting
-    told: list[str] = []
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run.torch._C, "_accelerator_setAllocatorSettings", told.append)
-    run.set_allocator(config)
+    set_allocator(config)
     assert os.environ[ALLOCATOR] == setting
-    assert told == [setting] * told_torch
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+def test_torch_sees_the_setting_for_gpu_memory(command: str) -> None:
+    """It reads its environment when it is imported."""
+    code = (
+        "import os, sys\n"
+        "from longalign import commands\n"
+        "from longalign.config import compose_config\n"
+        f"config = compose_config('{command}', ['model=tiny', 'cluster=cpu', 'plan.gpu=H200', 'data_dir=nowhere'])\n"
+        "commands.set_allocator = lambda config: print('torch' in sys.modules)\n"
+        f"commands.{command}(config, True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("False\n"), done.stderr
 
 
 def test_mix_is_long_and_short_and_fills_the_pack() -> None:

@@ -174,6 +174,21 @@ def test_all_layouts(processes: int, config_of: Callable[..., Config], tmp_path:
     check(with_bfloat16(GRID, processes), config_of, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.grid
+def test_states_on_the_host(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    """DeepSpeed compiles its Adam for the CPU, which takes minutes the first time."""
+
+    def on_host(folder: Path, layout: Layout) -> Config:
+        config = config_of(folder, layout)
+        cluster = config.cluster.model_copy(update={"offload_optimizer": True})
+        return config.model_copy(update={"cluster": cluster})
+
+    dtypes = ("float32", "bfloat16")
+    layouts = [Layout(2, 1, 1, stage, "packing", "sdpa", dtype) for stage in (1, 2, 3) for dtype in dtypes]
+    check(layouts, on_host, tmp_path)
+
+
 def test_the_subset_has_every_pair() -> None:
     values = range(len(FACTORS))
     wanted = {((i, a), (j, b)) for i, j in itertools.combinations(values, 2) for a in FACTORS[i] for b in FACTORS[j]}
