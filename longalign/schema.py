@@ -138,7 +138,9 @@ class Text(Strict):
     tokens: PositiveInt | None
 
 
-TaskKind = Literal["fact", "facts", "values", "section", "first_last", "counting", "quoting", "multi_hop"]
+TaskKind = Literal[
+    "fact", "facts", "values", "number", "numbers", "section", "first_last", "counting", "quoting", "multi_hop"
+]
 
 
 class LongTasks(Strict):

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
 TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
 BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
-PLAN = TOKENS / "full/plans/packing+weighting/manifest.json"
+PLAN = DATA / "plan/manifest.json"  # apart from the data: training puts plans there of its own
 MODEL = Path("models/smollm2-135m")
 
 SUITES = {"none": 0, "half": 100, "full": 200}  # long instructions; the paper: 0, 5,000 and 10,000
@@ -96,8 +96,9 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
     for part, samples in ((TRAIN, 200), (TEST, 70)):
         split, documents = part.name, f"source.documents={part}/documents"
         wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=61000")
+        wheels += ("source.min_tokens=16000",) if part is TRAIN else ()  # long distances are what is to be learned
         yield prepare(f"documents:{split}", part / "documents.json", part / "wheels.done", "packages", *wheels)
-        asked = (documents, f"source.samples={samples}", "source.turns=8", f"source.split={split}")  # one of each kind
+        asked = (documents, f"source.samples={samples}", "source.turns=10", f"source.split={split}")  # one of each kind
         yield prepare(f"long:{split}", part / "long.jsonl", part / "documents.json", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
     yield prepare("text", TRAIN / "text.jsonl", TRAIN / "documents.json", "text", *text)
@@ -117,7 +118,7 @@ def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         yield tokenize(suite, of(TRAIN), RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
     long, short = of(TEST)
     yield tokenize("heldout", (long, short), RECIPE, f"long_file={long}", f"short_file={short}", "eval_fraction=1")
-    group = longalign("group", RECIPE)
+    group = longalign("group", RECIPE, f"output_dir={PLAN.parent}")
     yield Stage("plan", PLAN, lambda: group, DATA, (TOKENS / "full/manifest.json",))
 
 
@@ -140,18 +141,18 @@ def run_stages(longalign: Longalign, model: Path, seeds: Sequence[int]) -> Itera
     for seed in seeds:
         for suite, strategy in ROWS:
             run = RUNS / suite / strategy / str(seed)
-            yield training(longalign, suite, strategy, run, 1, f"seed={seed}")
+            yield training(longalign, suite, strategy, run, f"seed={seed}")
             yield evaluation(longalign, run)
     yield evaluation(longalign, base)
 
 
-def training(longalign: Longalign, suite: str, strategy: str, run: Path, gpus: int, *words: str) -> Stage:
+def training(longalign: Longalign, suite: str, strategy: str, run: Path, *words: str) -> Stage:
     def command() -> Words:
         settings = [f"strategy={strategy}", f"data_dir={TOKENS}/{suite}", *same_steps(suite, strategy), *words]
         return longalign("train", RECIPE, *settings, f"output_dir={run}", "resume=auto")
 
     needs = (RUNS / "base/model/config.json", TOKENS / suite / "manifest.json", PLAN)
-    return Stage(f"train:{run.relative_to(RUNS)}", run / "model/config.json", command, run, needs, gpus=gpus)
+    return Stage(f"train:{run.relative_to(RUNS)}", run / "model/config.json", command, run, needs)
 
 
 def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> Stage:
@@ -163,7 +164,8 @@ def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> St
 
 def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
     model, needs = f"model.path={SHOWN}/model", (SHOWN / "model/config.json",)
-    verify = longalign("verify", RECIPE, model, f"output_dir={SHOWN}/verify")
+    # Few enough tokens for float32 attention with grouped queries, which holds all scores of a document at once.
+    verify = longalign("verify", RECIPE, model, "verify.tokens=16384", f"output_dir={SHOWN}/verify")
     yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN, (*needs, PLAN))
     asked = (*needs, TEST / "long.jsonl")
     yield Stage("chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, asked, SHOWN / "chat.txt")
@@ -174,19 +176,26 @@ def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
 def chat(longalign: Longalign, tokens: int) -> Words:
     """A question about the held-out document that is nearest to so many tokens, four characters each."""
     rows = [json.loads(line) for line in (TEST / "long.jsonl").read_text(encoding="utf-8").splitlines()]
-    size = lambda row: len(row["messages"][0]["content"])
-    row = min(rows, key=lambda row: abs(size(row) - 4 * tokens))
-    document, question = row["messages"][0]["content"].rsplit("\n\n", 1)
+    asked = lambda row: row["messages"][0]["content"]
+    rows = [row for row in rows if not asked(row).endswith("Answer:")]
+    row = min(rows, key=lambda row: abs(len(asked(row)) - 4 * tokens))
+    document, question = asked(row).rsplit("\n\n", 1)
     (SHOWN / "document.txt").write_text(document, encoding="utf-8")
     (SHOWN / "expected.txt").write_text(row["messages"][1]["content"], encoding="utf-8")
     return longalign("chat", RECIPE, f"model.path={SHOWN}/model", f"file={SHOWN}/document.txt", f"prompt={question}")
 
 
-def two_gpu_stages(longalign: Longalign) -> Iterator[Stage]:
+def two_gpu_stage(longalign: Longalign, model: Path) -> Stage:
     """The other half of the paper's Figure 5: the strategies' times where ranks wait for one another."""
-    two = ("cluster.processes=2", "strategy.packs_per_step=2", "max_steps=20", "seed=1")
-    for strategy in STRATEGIES:
-        yield training(longalign, "full", strategy, RUNS / "2gpu" / strategy, 2, *two)
+    run, needs = RUNS / "2gpu", (model / "config.json", TOKENS / "full/manifest.json", PLAN)
+
+    def command() -> Words:
+        items = [" ".join([s, *(w.removeprefix("strategy.") for w in same_steps("full", s))]) for s in STRATEGIES]
+        settings = ["cluster.processes=2", "strategy.packs_per_step=2", "bench.steps=20", f"bench.strategies={items}"]
+        words = [f"model.path={model}", f"data_dir={TOKENS}/full", *settings, f"output_dir={run}/bench"]
+        return longalign("bench", RECIPE, *words)
+
+    return Stage("2gpu", run / "bench/bench.png", command, run, needs, gpus=2)
 
 
 def main() -> None:
@@ -209,7 +218,7 @@ def main() -> None:
         stages += [*model_stages(longalign), *wheel_stages()]
     stages += [*data_stages(longalign, model), *token_stages(longalign, model)]
     stages += [*run_stages(longalign, model, seeds), *last_stages(longalign, chat_tokens)]
-    stages += two_gpu_stages(longalign) if options.gpus > 1 else []
+    stages += [two_gpu_stage(longalign, model)] if options.gpus > 1 else []
     for pattern in options.only:
         if not any(fnmatch(stage.name, pattern) for stage in stages):
             parser.error(f"--only {pattern}: no such stage; --list shows them")

@@ -173,9 +173,12 @@ def kinds_by_length(records: dict[str, Record], row: str) -> str:
 
 
 def two_gpus(records: dict[str, Record]) -> str:
-    of = lambda row: cell([v for v in map(speed, seeds(records, row)) if v], ",.0f")
-    rows = [[strategy, of(f"full/{strategy}"), of(f"2gpu/{strategy}")] for strategy in STRATEGIES]
-    return markdown(["tokens/s", "one GPU", "two GPUs"], rows)
+    one = lambda row: cell([v for v in map(speed, seeds(records, row)) if v], ",.0f")
+    found = at("bench", "rows")(records.get("2gpu", {})) or []
+    two = {row["settings"]["name"]: row for row in found if "failed" not in row}
+    told = lambda s, key, form: format(two[s][key], form) if s in two else ABSENT
+    rows = [[s, one(f"full/{s}"), told(s, "tokens_per_s_per_gpu", ",.0f"), told(s, "idle", ".1%")] for s in STRATEGIES]
+    return markdown(["tokens/s of a GPU", "one GPU", "two GPUs", "of the time idle"], rows)
 
 
 def bench(record: Record) -> str:

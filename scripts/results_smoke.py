@@ -25,7 +25,13 @@ WORDS = {  # behind the words of a command, or of `prepare source=`; "model" beh
         "task.retrieval.max_new_tokens=8",
     ],
     "verify": ["verify.tokens=300", "verify.packs=1"],
-    "bench": ["bench.packs=[1x512,4x128]", "bench.warm_up=1", "bench.repeat=1", "bench.activations=[none]"],
+    "bench": [
+        "bench.packs=[1x512,4x128]",
+        "bench.warm_up=1",
+        "bench.repeat=1",
+        "bench.activations=[none]",
+        "bench.steps=null",
+    ],
     "chat": ["max_new_tokens=16"],
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from longalign.config import compose_config
 from longalign.data.synthetic import base_texts, conversations
 from tests.conftest import write_jsonl
 
@@ -156,6 +157,15 @@ def test_kinds_by_length(records: dict[str, Any]) -> None:
     assert results_page.kinds_by_length(records, "full/naive") == "not measured"
 
 
+def test_two_gpus(records: dict[str, Any]) -> None:
+    row = {"settings": {"name": "packing"}, "tokens_per_s_per_gpu": 41.6, "idle": 0.125}
+    failed = {"settings": {"name": "naive"}, "failed": "out of memory"}
+    records["2gpu"] = {"stages": [], "bench": {"rows": [row, failed]}}
+    table = cells(results_page.two_gpus(records))
+    assert list(table["packing"].values()) == ["packing", "50 (50 to 50)", "42", "12.5%"]
+    assert list(table["naive"].values())[2:] == ["not measured", "not measured"]
+
+
 def test_rows_of_one_seed_are_not_said_to_be_alike(records: dict[str, Any]) -> None:
     rows = {"packing": "full/packing", "both": "full/packing+weighting"}
     assert "No two rows" not in results_page.comparison(records, rows, {})
@@ -201,12 +211,15 @@ def test_rows_are_given_the_steps_of_packing(tmp_path: Path, monkeypatch: pytest
     for name, data in about.items():
         (tokens / name).mkdir(parents=True)
         (tokens / name / "manifest.json").write_text(json.dumps(data))
-    plan = tokens / "full/plans/packing+weighting"
-    plan.mkdir(parents=True)
-    (plan / "manifest.json").write_text(json.dumps({"steps": 10}))
+    results.PLAN.parent.mkdir(parents=True)
+    results.PLAN.write_text(json.dumps({"steps": 10}))
     assert results.same_steps("full", "naive") == results.same_steps("full", "sorted") == ["strategy.batch_size=11"]
     assert results.same_steps("none", "packing+weighting") == ["strategy.pack_tokens=100"]
     assert results.same_steps("full", "balanced") == []
+    words = results.two_gpu_stage(results.Longalign({}), Path("model")).command()
+    (items,) = (word for word in words if word.startswith("bench.strategies="))
+    given = compose_config("bench", [items]).bench.strategies
+    assert given == ["packing+weighting", "naive batch_size=11", "sorted batch_size=11", "packing", "balanced"]
 
 
 def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

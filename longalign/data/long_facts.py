@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, OBJECTS, Split, split_of
+from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, OBJECTS, THINGS, Split, split_of
 
 WORDS = ("password", "nickname", "motto", "signal", "symbol", "secret", "favourite thing", "hiding place")
-NUMBERS = ("access code", "ticket number", "serial number", "room number", "lucky number", "phone number")
+NUMBERS = ("access code", "ticket number", "serial number", "secret number", "lucky number", "phone number")
 FORMS = ("The {about} is {value}.", "{value} is the {about}.", "Note that the {about} is {value}.")
 OTHERS = 4  # facts in a document that no question asks for, at least
 MANY = 64  # at most, where few and many take turns: their owners all differ, and the test split has 271
@@ -25,6 +25,7 @@ class Task(NamedTuple):
     question: str
     answer: str
     short: str  # the bare answer
+    alone: str = "Reply with the answer alone."  # how it is asked for
 
 
 class Fact(NamedTuple):
@@ -44,6 +45,13 @@ def owners(split: Split, rng: random.Random) -> Iterator[str]:
         if owner not in seen and split_of(owner) == split:
             seen.add(owner)
             yield owner
+
+
+def long_names(names: Iterator[str], rng: random.Random) -> Iterator[str]:
+    """Of three words; none is a key of task=retrieval, whose second words are materials."""
+    for name in names:
+        adjective, noun = name.split()
+        yield f"{adjective} {rng.choice(THINGS)} {noun}"
 
 
 def value_of(attribute: str, rng: random.Random) -> str:
@@ -112,10 +120,47 @@ def all_values(names: Iterator[str], rng: random.Random) -> Task:
     people = [wanted, *(next(names) for _ in range(OTHERS))]
     told = [(who, value) for who in people for value in values_of(attribute, rng.randint(*TIMES), rng)]
     rng.shuffle(told)
-    hidden = [f"One of the {attribute}s of the {who} is {value}." for who, value in told]
+    hidden = [one_of(attribute, *one) for one in told]
     values = [value for who, value in told if who == wanted]
     question = f"What are all the {attribute}s of the {wanted}, in the order of the text?"
     return Task(hidden, question, f"The {attribute}s of the {wanted} are {listed(values)}.", ", ".join(values))
+
+
+def one_of(attribute: str, who: str, value: str) -> str:
+    return f"One of the {attribute}s of the {who} is {value}."
+
+
+def one_number(names: Iterator[str], rng: random.Random) -> Task:
+    attribute, who = rng.choice(NUMBERS), long_names(names, rng)
+    values = values_of(attribute, 1 + few_or_many(rng), rng)
+    told = [(next(who), value) for value in values]
+    wanted, value = told[0]
+    rng.shuffle(told)
+    hidden = [one_of(attribute, *one) for one in told]
+    answer = f"The {attribute} of the {wanted} is {value}."
+    return Task(hidden, f"What is the {attribute} of the {wanted}?", answer, value, "Reply with the number alone.")
+
+
+def several_numbers(names: Iterator[str], rng: random.Random) -> Task:
+    """Of several owners in the order asked, or all of one in the order of the text."""
+    attribute, who, n = rng.choice(NUMBERS), long_names(names, rng), rng.randint(*TIMES)
+    of_one = rng.random() < 0.5
+    wanted = [next(who)] * n if of_one else [next(who) for _ in range(n)]
+    people = [*wanted, *(next(who) for _ in range(few_or_many(rng)))]
+    told = list(zip(people, values_of(attribute, len(people), rng), strict=True))
+    values = [value for _, value in told[:n]]
+    rng.shuffle(told)
+    if of_one:
+        values = [value for owner, value in told if owner == wanted[0]]
+        question, order = f"Which are all the {attribute}s of the {wanted[0]}?", ""
+    else:
+        question, order = (
+            f"Which are the {attribute}s of {', '.join(f'the {one}' for one in wanted)}?",
+            "in that order, ",
+        )
+    alone = f"Reply with the numbers alone, {order}separated by commas."
+    answer = f"The {attribute}s are {listed(values)}."
+    return Task([one_of(attribute, *one) for one in told], question, answer, ", ".join(values), alone)
 
 
 def first_or_last(names: Iterator[str], rng: random.Random) -> Task:
@@ -156,6 +201,8 @@ HIDING: dict[str, Callable[[Iterator[str], random.Random], Task]] = {
     "fact": one_fact,
     "facts": several_facts,
     "values": all_values,
+    "number": one_number,
+    "numbers": several_numbers,
     "first_last": first_or_last,
     "counting": count_events,
     "multi_hop": two_hops,

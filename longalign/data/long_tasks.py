@@ -6,6 +6,8 @@ them. Facts of split=train and split=test have no owner in common (data/syntheti
     fact        one fact of a few or many
     facts       two to four of them, in the order asked
     values      all of the two to five values that a fact is said to have, among those of others
+    number      the number of one owner, among those of a few or many, who have names of three words
+    numbers     the numbers of two to five of them in the order asked, or all of one in the order of the text
     section     the document gets headings; in which section stands the fact?
     first_last  a fact is stated several times, with other values; the first or the last of them
     counting    how often a person is said to have signed the book
@@ -32,6 +34,11 @@ from longalign.files import disk_errors, versions, whole_file, write_json
 from longalign.progress import Bar
 from longalign.schema import Config, LongTasks
 
+BEFORE = (  # a document
+    "Read the following text; you will be asked about it.\n\n",
+    "Facts are hidden in the following text. Remember them; you will be asked for them.\n\n",
+)
+BEHIND = "\n\nAnswer:"  # a question, at times
 HEADINGS = (5, 12)  # at least and at most
 QUOTED = re.compile(r"(?:^|(?<=[.!?]\s))[A-Z][^.!?\"`]{50,220}[.!?](?=\s|$)")  # a sentence of a paragraph
 MARKUP = re.compile(r"[-=~*|#]{2}|::|<\w|[][{}]|^\w+:")
@@ -122,12 +129,14 @@ def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Rand
     if not tasks:
         raise Unreadable(f"it allows no question of {', '.join(kinds)}")
     rng.shuffle(tasks)
-    before = rng.choice(["", "", "Read the following text; you will be asked about it.\n\n"])
+    before = rng.choice(["", *BEFORE])
     messages: list[dict[str, str]] = []
     for kind, task in tasks:
         question, answer = task.question, task.answer
         if kind != "quoting" and rng.random() < 0.5:
-            question, answer = f"{question} Reply with the answer alone.", task.short
+            question, answer = f"{question} {task.alone}", task.short
+        if rng.random() < 0.25:
+            question += BEHIND
         asked = question if messages else f"{before}{text}\n\n{question}"
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kinds": [kind for kind, _ in tasks]}

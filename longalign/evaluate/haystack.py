@@ -13,6 +13,7 @@ from longalign.data.synthetic import filler
 from longalign.errors import UserError
 from longalign.progress import warn
 
+MISSES = 20  # sentences that do not fit any more, after which a document is full
 Hidden = tuple[float, str]  # depth (0 = first, 1 = last) and the sentence that is put there
 
 
@@ -55,11 +56,16 @@ def build_document(hidden: Sequence[Hidden], room: int, source: Iterator[str], c
     """Sentences of `source` and the hidden ones among them, at most `room` tokens as `count` counts them."""
     left = room - sum(count(" " + sentence) for _, sentence in hidden)
     text: list[str] = []
+    too_long = 0
     for sentence in source:
-        left -= count(" " + sentence)
-        if left < 0:
-            break
-        text.append(sentence)
+        need = count(" " + sentence)
+        if need <= left:
+            text.append(sentence)
+            left -= need
+        else:  # a shorter one may fit
+            too_long += 1
+            if too_long == MISSES:
+                break
     among = len(text)
     for depth, sentence in sorted(hidden, reverse=True):  # from the end, so that earlier places stay where they are
         text.insert(round(depth * among), sentence)

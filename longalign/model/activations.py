@@ -215,10 +215,10 @@ class Memory:
             return
         used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
         long = tokens >= LEAST_SLICE  # short ones measure workspaces, not tokens
-        if whole:
-            self.whole = max(self.whole / 1.05 if self.whole_is_measured or not long else 0.0, used)
-            self.whole_is_measured |= long
-        elif tokens >= min(self.measured[on_host], LEAST_SLICE):
+        if whole and long:
+            self.whole = max(self.whole / 1.05 if self.whole_is_measured else 0.0, used)
+            self.whole_is_measured = True
+        elif not whole and tokens >= min(self.measured[on_host], LEAST_SLICE):
             earlier = self.passing[on_host] / 1.05 if self.measured[on_host] >= LEAST_SLICE else 0.0
             passing = used - self._kept(on_host) - layers * self.matmuls
             self.passing[on_host] = max(earlier, passing, 1.0)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from longalign.data.long_facts import owners
-from longalign.data.long_tasks import conversation
+from longalign.data.long_tasks import BEFORE, conversation
+from longalign.data.synthetic import MATERIALS, THINGS
+from longalign.evaluate.tasks.retrieval import KEYS
 from tests.conftest import in_process
 
-KINDS = ["fact", "facts", "values", "section", "first_last", "counting", "quoting", "multi_hop"]
+KINDS = ["fact", "facts", "values", "number", "numbers", "section", "first_last", "counting", "quoting", "multi_hop"]
 PROSE = "\n\n".join(
     f"Paragraph {n} tells of the {n}th harbour and of its {n + 3} ships. It goes on\nwith a second sentence about "
     f"the weather of day {n}, which nobody else has."
@@ -39,7 +41,16 @@ def read_again(text: str, about: str) -> list[str]:
 
 def solve(text: str, question: str) -> str:
     """The only answer, bare, by reading."""
-    question = question.removesuffix(" Reply with the answer alone.")
+    question = re.sub(r" Reply with the \w+ alone.*", "", question)
+    if found := re.fullmatch(r"What is the ([\w ]+) of the (\w+ \w+ \w+)\?", question):
+        (value,) = re.findall(rf"One of the {found[1]}s of the {found[2]} is (\d+)\.", text)
+        return value
+    if found := re.fullmatch(r"Which are all the ([\w ]+)s of the (\w+ \w+ \w+)\?", question):
+        return ", ".join(re.findall(rf"One of the {found[1]}s of the {found[2]} is (\d+)\.", text))
+    if found := re.fullmatch(r"Which are the ([\w ]+?)s of (the .+)\?", question):
+        (*values,) = (re.findall(rf"One of the {found[1]}s of {who} is (\d+)\.", text) for who in found[2].split(", "))
+        assert all(len(value) == 1 for value in values)
+        return ", ".join(value for (value,) in values)
     if found := re.fullmatch(r"What is the ([\w ]+) of the (\w+) of the (\w+ \w+)\?", question):
         attribute, link, friend = found.groups()
         (owner,) = re.findall(rf"The {link} of the {friend} is the (\w+ \w+)\.", text)
@@ -74,7 +85,7 @@ def check(text: str, questions: list[str], answers: list[str]) -> None:
     """Every answer is the document's only one, and its question does not tell it."""
     for question, answer in zip(questions, answers, strict=True):
         wanted = solve(text, question)
-        if question.endswith(" Reply with the answer alone.") or question.startswith("Quote"):
+        if " alone" in question or question.startswith("Quote"):
             assert answer.lower() == wanted.lower(), question
         else:
             assert re.search(".*".join(rf"\b{value}\b" for value in wanted.split(", ")), answer, re.IGNORECASE), (
@@ -85,9 +96,11 @@ def check(text: str, questions: list[str], answers: list[str]) -> None:
 
 def turns_of(made: dict[str, Any]) -> tuple[str, list[str], list[str]]:
     """The document, the questions and the answers of a conversation."""
-    first, *later = (message["content"] for message in made["messages"])
+    first, *later = (message["content"].removesuffix("\n\nAnswer:") for message in made["messages"])
     text, _, question = first.rpartition("\n\n")
-    return text.split("you will be asked about it.\n\n")[-1], [question, *later[1::2]], later[::2]
+    for before in BEFORE:
+        text = text.removeprefix(before)
+    return text, [question, *later[1::2]], later[::2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,6 +158,18 @@ def test_the_attribute_alone_does_not_tell_the_second_hop() -> None:
         assert text.count(f"{attribute} of the") == 5
 
 
+def test_no_owner_of_a_number_is_a_key_of_the_retrieval_evaluation() -> None:
+    rng, keys = random.Random(0), set(KEYS)
+    for split in ("train", "test"):
+        _, questions, _ = turns_of(conversation(PROSE, ["number", "numbers"], split, rng))
+        names = [
+            name for question in questions for name in re.findall(r"of the (\w+ \w+ \w+)|, the (\w+ \w+ \w+)", question)
+        ]
+        assert names
+        assert not {a or b for a, b in names} & keys
+    assert set(THINGS).isdisjoint(MATERIALS)
+
+
 def test_no_owner_of_training_is_in_the_test() -> None:
     parts = [
         {next(names) for names in [owners(split, random.Random(1))] for _ in range(200)} for split in ("train", "test")
@@ -190,7 +215,7 @@ def test_what_is_not_asked_is_said(tmp_path: Path) -> None:
 def test_a_document_is_asked_no_kind_twice_at_once_and_others_later(tmp_path: Path) -> None:
     (tmp_path / "doc.txt").write_text(PROSE)
     words = ["prepare", "source=long_tasks", "source.documents=doc.txt", "output_dir=out"]
-    for wrong in (["source.turns=9"], ["source.kinds=[fact,section,fact]", "source.turns=3"]):
+    for wrong in (["source.turns=11"], ["source.kinds=[fact,section,fact]", "source.turns=3"]):
         done = in_process(*words, *wrong, cwd=tmp_path)
         assert done.returncode == 2
         assert "source.kinds without repeats, and source.turns of at most their" in done.stderr

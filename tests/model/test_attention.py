@@ -128,15 +128,17 @@ def test_what_is_installed_decides_on_hopper(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["flash4", "flash3", "flash2", "varlen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 64), (8, 128), (1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 8, 64), (8, 2, 64), (9, 3, 64), (8, 8, 128), (8, 1, 128)]
+)
 @pytest.mark.parametrize("lengths", [[1, 100, 900], [1001]])
 def test_backends_equal_sdpa_on_a_gpu(
-    backend: attention.Backend, dtype: torch.dtype, kv_heads: int, head_dim: int, lengths: list[int]
+    backend: attention.Backend, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, lengths: list[int]
 ) -> None:
     if problem := attention.why_not(backend, "cuda", dtype, head_dim):
         pytest.skip(f"{backend}: {problem}")
     draw = lambda h: torch.randn(1001, h, head_dim, device="cuda", dtype=dtype, requires_grad=True)
-    q, k, v = draw(8), draw(kv_heads), draw(kv_heads)
+    q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
     cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
     results = []
     for name in (backend, "sdpa"):
