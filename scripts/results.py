@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -227,6 +228,7 @@ def main() -> None:
         for stage in chosen:
             print("done " if stage.done.exists() else "to do", stage.name)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its stages end with it
     code = run_all(chosen, options.gpus, options.until)
     collect(RUNS, DATA, Path("docs/results"))
     results_page.write(Path("docs/results"), Path("docs/results.md"), ROOT / "docs/results.md")

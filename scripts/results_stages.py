@@ -79,7 +79,8 @@ def run_all(stages: list[Stage], gpus: int = 1, seconds: float = 1e9) -> int:
     try:
         while time.monotonic() < deadline:
             for stage in list(waiting):
-                if len(free) >= stage.gpus and all(path.exists() for path in stage.needs):
+                made = all(path.exists() for path in stage.needs)
+                if len(free) >= stage.gpus and made and not any(one.stage.done in stage.needs for one in running):
                     waiting.remove(stage)
                     mine, free = free[: stage.gpus], free[stage.gpus :]
                     running.append(Running(stage, mine, beside))
@@ -95,6 +96,11 @@ def run_all(stages: list[Stage], gpus: int = 1, seconds: float = 1e9) -> int:
     except KeyboardInterrupt:  # which the stages have got, too
         codes = [one.process.wait() for one in running]
         sys.exit(next(filter(None, codes), 130))
+    except BaseException:
+        for one in running:
+            one.process.terminate()
+            one.process.wait()
+        raise
     for one in running:
         one.process.send_signal(signal.SIGTERM)
     for one in running:

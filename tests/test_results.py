@@ -248,6 +248,7 @@ def test_smoke_continued_training_and_its_evaluation(tmp_path: Path) -> None:
     data = tmp_path / "data/smollm2"
     (data / "test/documents").mkdir(parents=True)
     (data / "test/documents/a.txt").write_text((ROOT / "docs/design.md").read_text())
+    (data / "test/documents.json").write_text('{"documents": []}')
     (data / "train").mkdir()
     write_jsonl(data / "train/text.jsonl", list(base_texts(6000, seed=0)))
     for kind in ("long", "short"):

@@ -29,7 +29,7 @@ from longalign.schema import Config
 from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine
 from longalign.train.trace import Trace
-from longalign.train.worker import join, leave, over_ranks, train_step
+from longalign.train.worker import join, leave, out_of_memory_told, over_ranks, train_step
 
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
@@ -101,7 +101,8 @@ def main(output: str, *numbers: str) -> int:
     first, folder = load_frozen(folders[0] / "config.yaml"), None
     join(first.cluster.device, first.hang_timeout_s)
     try:
-        engine = build_engine(first, dist.get_world_size())
+        with out_of_memory_told(first):
+            engine = build_engine(first, dist.get_world_size())
         report = read_json(file)
         report["device"] = torch.cuda.get_device_name() if first.cluster.device == "cuda" else "CPU"
         every = {item: work_of(Path(output, "strategies", str(n))) for n, item in enumerate(report["strategies"])}

@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from longalign.model import kernels
 from longalign.model.cost import shape_of
 from longalign.model.keep import Kept
+from longalign.model.loss import CHUNK
 from longalign.model.offload import tile
 from longalign.schema import Config
 
@@ -173,13 +174,16 @@ class Memory:
         self.whole, self.whole_is_measured = 1.9 * s["layers"] * size * (4 * h + 2 * q + kv + 3 * m), False
         self.passing = {False: 0.0, True: 0.0}  # on host -> bytes a token beyond what is kept; 0 = not measured yet
         self.measured = {False: 0, True: 0}  # on host -> tokens of the longest micro-step that told
+        # Bytes of any pass: lm_head's gradient and the logits of some targets, in float32 (model/loss.py).
+        vocabulary = model.config.get_text_config().vocab_size
+        self.constant = 4 * vocabulary * (h + 2 * CHUNK)
         self.fixed = 0  # bytes that stand between micro-steps: weights, gradients, optimizer states
         self.now = (0, False, 0, False)  # tokens, whole, layers with matmuls, on host, of the present micro-step
 
     def room(self) -> float:
         """Bytes for a micro-step. What CUDA, NCCL and other programs hold is neither free nor reserved by torch."""
         free, total = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - MARGIN * total - self.fixed
+        return free + torch.cuda.memory_reserved() - MARGIN * total - self.fixed - self.constant
 
     def whole_tokens(self) -> int:
         return int(self.room() / self.whole) // 256 * 256 if any(self.passing.values()) else 0
@@ -213,7 +217,7 @@ class Memory:
         if stands > 1.01 * self.fixed:  # gradients came to stand on the way: was the peak before or after?
             self.fixed = stands
             return
-        used = (torch.cuda.max_memory_allocated() - self.fixed) / tokens
+        used = max(0, torch.cuda.max_memory_allocated() - self.fixed - self.constant) / tokens
         long = tokens >= LEAST_SLICE  # short ones measure workspaces, not tokens
         if whole and long:
             self.whole = max(self.whole / 1.05 if self.whole_is_measured else 0.0, used)

@@ -38,7 +38,6 @@ class Kept:
 
     def written(self, key: Key) -> None:
         """What was put there is no more what the operator gave."""
-        assert key in self.here, "a tensor on its way to host memory was written to"
         self.here[key] = (WRITTEN, 0)
 
     def get(self, key: Key) -> Any:
@@ -60,7 +59,7 @@ class Keep(TorchDispatchMode):
     def __init__(self, kept: Kept, layer: int, where: Where):
         super().__init__()
         self.kept, self.layer, self.where, self.place = kept, layer, where, 0
-        self.keys: dict[int, Key] = {}  # by address
+        self.keys: dict[int, Key] = {}  # by address, of what stays on the device: other memory is used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
@@ -73,7 +72,7 @@ class Keep(TorchDispatchMode):
             for value in outputs if isinstance(outputs, tuple | list) else (outputs,):
                 self.place += 1
                 self.kept.put((self.layer, self.place), value, place)
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and (self.layer, self.place) in self.kept.here:
                     self.keys[value.untyped_storage().data_ptr()] = (self.layer, self.place)
         return outputs
 

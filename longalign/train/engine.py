@@ -7,12 +7,14 @@ import importlib
 import io
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from longalign.model import attention, kernels, ulysses
 from longalign.model.activations import Activations, resolve_policy
@@ -90,17 +92,27 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compiled
 
 
+@contextlib.contextmanager
+def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Within it from_pretrained shards every weight as it is read instead of holding all on each rank (ZeRO-3)."""
+    zero3 = HfDeepSpeedConfig(settings)  # transformers sees it while it lives
+    try:
+        yield
+    finally:
+        del zero3
+        unset_hf_deepspeed_config()  # an error's traceback may hold it
+
+
 def build_engine(config: Config, ranks: int) -> Any:
     """Load the model with packed attention and its loss, and hand it to DeepSpeed. Returns the engine."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     device = config.cluster.device
     dtype = resolve_dtype(config, device)
     settings = deepspeed_config(config, ranks, dtype)
-    # While this object lives, from_pretrained shards every weight as it is read instead of holding all on each rank.
     # Random weights are drawn whole, so that they do not depend on the number of ranks.
     sharded = config.cluster.zero_stage == 3 and loads_weights(config)
-    zero3 = HfDeepSpeedConfig(settings) if sharded else None
-    model = load_model(config, dtype)
+    with sharded_loading(settings) if sharded else contextlib.nullcontext():
+        model = load_model(config, dtype)
     backend = attention.backend_of(config, model.config, device)[0]
     attention.install(model, backend, config.deterministic, ulysses.make_group(config.cluster.sequence_parallel))
     if device == "cuda" and config.model.kernels == "auto":
@@ -122,7 +134,6 @@ def build_engine(config: Config, ranks: int) -> Any:
     import_muon_uncompiled()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
         engine, *_ = deepspeed.initialize(model=WeightedLoss(model), optimizer=optimizer, config=settings)
-    del zero3
 
     def clip() -> None:  # without ZeRO and in float32, DeepSpeed clips but forgets the norm it measured
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), settings["gradient_clipping"])

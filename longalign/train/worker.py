@@ -162,6 +162,8 @@ def train_all(config: Config, heartbeat: Heartbeat) -> bool:
                 parameters["lr"] = lr
             trace.begin(step)
             grace.begin(lasted)
+            if device == "cuda":
+                engine.activations.take_peak()  # that of loading, or of an evaluation
             try:
                 shares = train_step(engine, dataset, packs, config, breakdown, trace, lambda: grace.check(_signal))
             except TooLate:

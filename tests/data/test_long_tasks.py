@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from longalign.data.long_facts import owners
+from longalign.data.long_facts import MANY, OTHERS, owners
 from longalign.data.long_tasks import BEFORE, conversation
-from longalign.data.synthetic import MATERIALS, THINGS
+from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, THINGS, Split, split_of
 from longalign.evaluate.tasks.retrieval import KEYS
 from tests.conftest import in_process
 
@@ -168,6 +168,14 @@ def test_no_owner_of_a_number_is_a_key_of_the_retrieval_evaluation() -> None:
         assert names
         assert not {a or b for a, b in names} & keys
     assert set(THINGS).isdisjoint(MATERIALS)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_there_are_owners_for_all_kinds_at_once(split: Split) -> None:
+    """fact, facts, number and numbers take MANY others each; the rest of all kinds' needs are small numbers."""
+    there_are = sum(split_of(f"{adjective} {noun}") == split for adjective in ADJECTIVES for noun in NOUNS)
+    few = 1 + 4 + 1 + 5 + (1 + OTHERS) * 3 + 3 + 2 * (1 + OTHERS)  # wanted; values, section, first_last; counting; hops
+    assert 4 * MANY + few <= there_are
 
 
 def test_no_owner_of_training_is_in_the_test() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longalign.data.batch import cut
 from longalign.model import attention, offload
@@ -60,25 +60,30 @@ def test_every_policy_gives_the_gradients_of_keeping_everything(policy: Policy, 
                 assert torch.equal(gradient, truth[name]), name
 
 
+@pytest.mark.parametrize("lengths", [(40, 3, 25), (64,), (7, 9)])  # of which freed memory is used again or not
 @pytest.mark.parametrize("policy", ["full", "selective", "budget", "offload"])
-def test_a_bias_that_is_added_in_place_counts_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bias_that_is_added_in_place_counts_once(
+    policy: Policy, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ZeRO-3 puts such a linear in place of torch's, for the whole process."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-    config = Qwen2Config(
+    config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=512,
+        attention_bias=True,
+        mlp_bias=True,
     )
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    batch, weights = batch_of(40, 3, 25)
+    batch, weights = batch_of(*lengths)
     attention.install(model, "sdpa")
     truth = gradients(WeightedLoss(model.train()), batch, weights)
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
@@ -86,7 +91,8 @@ def test_a_bias_that_is_added_in_place_counts_once(policy: Policy, monkeypatch: 
     for with_matmuls in (0, 1, 2):
         activations.with_matmuls = with_matmuls
         for name, gradient in gradients(WeightedLoss(model), batch, weights).items():
-            assert (gradient - truth[name]).norm() <= 1e-5 * truth[name].norm(), name
+            nil = 1e-6 if name.endswith("k_proj.bias") else 0  # which moves no softmax but by its turning
+            assert (gradient - truth[name]).norm() <= 1e-5 * truth[name].norm() + nil, name
         assert not activations.kept.here, "nothing stays behind"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from longalign.config import compose_config
 from longalign.errors import UserError
@@ -16,6 +17,7 @@ from longalign.forecast import fit, gpus
 from longalign.launch import prepare_run
 from longalign.schema import Config
 from longalign.train import worker
+from longalign.train.engine import sharded_loading
 from longalign.train.worker import out_of_memory_told
 from tests.model.test_attention import pack
 
@@ -110,3 +112,15 @@ def test_out_of_memory_before_the_first_step(
     said = capsys.readouterr().err
     assert "error: out of GPU memory as the engine was built: weights, gradients and optimizer states need" in said
     assert re.search(told, said)
+
+
+def test_after_a_failed_load_models_are_made_whole_again() -> None:
+    """Else the advice, which counts parameters, would wait for ranks that never come."""
+    caught = None
+    try:
+        with sharded_loading({"zero_optimization": {"stage": 3}, "train_batch_size": 1}):
+            assert is_deepspeed_zero3_enabled()
+            raise torch.OutOfMemoryError("while loading")
+    except torch.OutOfMemoryError as error:
+        caught = error  # its traceback lives on
+    assert not is_deepspeed_zero3_enabled(), caught
