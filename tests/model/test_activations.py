@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from longalign.data.batch import cut
 from longalign.model import attention, offload
 from longalign.model.activations import Activations, Policy
+from longalign.model.keep import Kept
 from longalign.model.loss import StepTotals, WeightedLoss, batch_weights
 from tests.model.test_attention import pack
 
@@ -94,6 +95,19 @@ def test_a_bias_that_is_added_in_place_counts_once(
             nil = 1e-6 if name.endswith("k_proj.bias") else 0  # which moves no softmax but by its turning
             assert (gradient - truth[name]).norm() <= 1e-5 * truth[name].norm() + nil, name
         assert not activations.kept.here, "nothing stays behind"
+
+
+def test_memory_of_what_left_for_the_host_may_be_written_to() -> None:
+    """It is used again as soon as the copy is made, by anything."""
+    a, b = torch.randn(4, 5), torch.randn(5, 6)
+    kept = Kept()
+    forward, backward = kept.modes(0, lambda op, args: "host" if op is torch.ops.aten.mm.default else None)
+    results = []
+    for mode in (forward, backward):
+        with mode:
+            results.append(torch.mm(a, b).add_(1))
+    assert torch.equal(*results)
+    assert not kept.here
 
 
 def test_what_is_computed_again(model_dir: Path) -> None:
