@@ -18,6 +18,7 @@ import pytest
 from longalign.cluster import hosts
 from longalign.cluster.workers import run_workers
 from longalign.schema import Config
+from longalign.train import worker
 from longalign.train.checkpoint import RECORD
 
 RANK = """
@@ -133,3 +134,16 @@ def test_only_a_second_ctrl_c_kills_on_all_hosts(monkeypatch: pytest.MonkeyPatch
     assert watched([stop(15), stop(15), *ENDED], monkeypatch) == (143, [15, 15])
     assert watched([stop(2), stop(2), *ENDED], monkeypatch) == (130, [2, 9])
     assert watched([stop(15), stop(2), *ENDED], monkeypatch) == (143, [15, 9])
+
+
+def test_a_rank_that_parts_last_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have passed the barrier and closed their connections while it was still in it."""
+    left = []
+
+    def barrier() -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1696")
+
+    monkeypatch.setattr(worker.dist, "barrier", barrier)
+    monkeypatch.setattr(worker.dist, "destroy_process_group", lambda: left.append(True))
+    worker.leave()
+    assert left == [True]
