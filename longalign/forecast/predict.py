@@ -59,18 +59,9 @@ class Pass(NamedTuple):
     host: float = 0.0  # bytes of host memory for activations
 
 
-def predict(
-    documents: Any,
-    shape: dict[str, int],
-    gpu: Gpu,
-    policy: Policy,
-    fixed: float,
-    host_room: float = np.inf,
-    sequence_parallel: int = 1,
-    slices: bool = True,
-) -> Pass | None:
-    """As estimate; None if it does not fit."""
-    found = estimate(documents, shape, gpu, policy, fixed, host_room, sequence_parallel, slices)
+def predict(documents: Any, shape: dict[str, int], gpu: Gpu, *how: Any, **more: Any) -> Pass | None:
+    """As estimate, which takes the same; None if it does not fit."""
+    found = estimate(documents, shape, gpu, *how, **more)
     return found if found.peak <= gpu.memory * (1 - MARGIN) else None
 
 
