@@ -66,6 +66,7 @@ def memory_needs(config: Config, parameters: int) -> tuple[float, float]:
     states = (8 + 4 * (stage > 0)) * parameters / shard(1)
     on_host = weights * cluster.offload_param
     device = weights + sums + states - on_host
+    assert cluster.offload_optimizer != "auto", "settle_offload comes first"
     if cluster.offload_optimizer:
         device -= states
         on_host += states + (4 + working * (stage < 3)) * parameters / shard(1)

@@ -11,7 +11,7 @@ import pytest
 
 from longalign.errors import UserError
 from longalign.files import fresh_folder, human, require_disk, write_text
-from longalign.preflight import disk_needs, memory_needs
+from longalign.preflight import count_parameters, disk_needs, memory_needs, settle_offload
 from longalign.schema import Config
 
 
@@ -56,9 +56,9 @@ def test_room(tmp_path: Path) -> None:
 
 def test_memory_of_the_papers_run(tmp_path: Path, run_config: Callable[..., Config]) -> None:
     """7e9 parameters, ZeRO-3 on 8 GPUs in bf16: weights of 2 bytes shared out, 20 bytes of states in host memory."""
-    config = run_config(tmp_path, "cluster=8gpu")
+    config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_optimizer=true")
     assert memory_needs(config, 7_000_000_000) == (pytest.approx(7e9 * 2 / 8), pytest.approx(7e9 * 20))
-    config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_param=true")
+    config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_optimizer=true", "cluster.offload_param=true")
     assert memory_needs(config, 7_000_000_000) == (0, pytest.approx(7e9 * 22))
     config = run_config(tmp_path, "cluster=8gpu", "cluster.offload_optimizer=false")
     assert memory_needs(config, 7_000_000_000) == (pytest.approx(7e9 * 18 / 8), 0)
@@ -84,6 +84,24 @@ def test_memory_by_stage(
     """Bytes a parameter on one GPU, as counted in DeepSpeed 0.19.8 after a step of two micro-steps."""
     words = [f"model.dtype={dtype}", f"cluster.zero_stage={stage}", f"cluster.offload_optimizer={offload}"]
     assert memory_needs(run_config(tmp_path, "cluster=1gpu", *words), 1000) == (1000 * device, 1000 * host)
+
+
+def test_states_go_to_the_host_where_a_gpu_would_have_little_room(
+    tmp_path: Path, run_config: Callable[..., Config]
+) -> None:
+    settled = lambda gpu_bytes, *words: (
+        settle_offload(run_config(tmp_path, *words), gpu_bytes).cluster.offload_optimizer
+    )
+    needs = 18.0 * count_parameters(run_config(tmp_path))  # bf16, on one GPU
+    words = ("cluster=1gpu", "model.dtype=bfloat16")
+    assert settled(needs / 0.74, *words) is False
+    assert settled(needs / 0.76, *words) is True
+    shared = ("cluster=8gpu", "model.dtype=bfloat16")
+    assert settled(needs / 8 / 0.74, *shared) is False
+    assert settled(needs / 8 / 0.76, *shared) is True
+    assert settled(needs / 0.76, *words, "cluster.offload_optimizer=false") is False
+    assert settled(needs / 0.74, *words, "cluster.offload_optimizer=true") is True
+    assert settled(1.0) is False, "on a CPU there is nowhere else"
 
 
 def test_disk_that_a_run_needs(tmp_path: Path, run_config: Callable[..., Config]) -> None:

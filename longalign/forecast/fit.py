@@ -18,7 +18,7 @@ from longalign.model.activations import MARGIN, Policy, resolve_policy
 from longalign.model.cost import shape_of
 from longalign.model.load import load_config
 from longalign.model.offload import SHARE, free_host_memory
-from longalign.preflight import count_parameters, memory_needs
+from longalign.preflight import count_parameters, memory_needs, settle_offload
 from longalign.schema import Config
 
 GIB = 2**30
@@ -39,6 +39,7 @@ class Site(NamedTuple):
         """With plan.host_gib of host memory, or as much as this machine has."""
         host = config.plan.host_gib * GIB if config.plan.host_gib else float(psutil.virtual_memory().total)
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": "cuda"})})
+        config = settle_offload(config, gpu.memory)
         return Site(config, shape_of(load_config(config)), parameters, gpu, host)
 
     @property

@@ -27,7 +27,7 @@ from longalign.forecast.fit import GIB, Site, does_not_fit, policies, policy_tab
 from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
 from longalign.model.load import load_config
-from longalign.preflight import check_sequence_parallel, count_parameters, settle_offload
+from longalign.preflight import check_sequence_parallel, count_parameters
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
 from longalign.stats import ranks_of, strategies
@@ -41,11 +41,11 @@ def plan(config: Config, dry_run: bool) -> int:
     gpu, ranks = find_gpu(config), ranks_of(config)
     cluster = config.cluster.model_copy(update={"device": "cuda", "processes": ranks, "nodes": 1})
     config, together = config.model_copy(update={"cluster": cluster}), cluster.sequence_parallel
-    config = settle_offload(config, gpu.memory)
     check_sequence_parallel(config)
     dataset, data = read_data(config.data_dir)
     parameters, lengths = count_parameters(config), lengths_of(dataset)
     site = Site.of(config, parameters, gpu)
+    config = site.config
     chosen = strategies(config)
     if dry_run:
         console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(chosen)} on {ranks} x {gpu.name}")

@@ -78,7 +78,7 @@ LLAMA2_7B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "
 
 
 def site_of(base_words: list[str], *words: str, gpu: str = "H200") -> fit.Site:
-    config = compose_config("plan", [*base_words, *words])
+    config = compose_config("plan", [*base_words, "cluster.offload_optimizer=true", *words])
     return fit.Site(config, LLAMA2_7B, 6_740_000_000, GPUS[gpu], host=1e12)
 
 
