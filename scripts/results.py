@@ -229,7 +229,7 @@ def main() -> None:
             print("done " if stage.done.exists() else "to do", stage.name)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its stages end with it
-    code = run_all(chosen, options.gpus, options.until)
+    code = run_all(chosen, RUNS / "logs", options.gpus, options.until)
     collect(RUNS, DATA, Path("docs/results"))
     results_page.write(Path("docs/results"), Path("docs/results.md"), ROOT / "docs/results.md")
     sys.exit(code)

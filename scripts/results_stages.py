@@ -31,20 +31,22 @@ class Stage:
 
 
 class Running:
-    """A stage's process. beside: others run at the same time; it sees its own GPUs, and a log takes what it says."""
+    """A stage's process. logs: others run at the same time; it sees its own GPUs, and what it says goes there."""
 
-    def __init__(self, stage: Stage, gpus: list[str], beside: bool):
-        self.stage, self.gpus, self.beside = stage, gpus, beside
+    def __init__(self, stage: Stage, gpus: list[str], logs: Path | None):
+        self.stage, self.gpus, self.log = stage, gpus, None
         words = stage.command()
         shown = shlex.join(["longalign", *words[3:]] if words[:3] == CLI else words)
         self.shown = shown.replace(sys.executable, "python")
         print(f"\n[{stage.name}]\n$ {self.shown}", flush=True)
         stage.record.mkdir(parents=True, exist_ok=True)
-        self.log = stage.record / f"{stage.name.replace(':', '-').replace('/', '-')}.log" if beside else None
+        if logs:
+            logs.mkdir(parents=True, exist_ok=True)
+            self.log = logs / f"{stage.name.replace(':', '-').replace('/', '-')}.log"
         self.partial = stage.output and stage.output.with_name(stage.output.name + ".partial")
         said = open(self.log, "wb") if self.log else None
         output = open(self.partial, "wb") if self.partial else said
-        seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if beside else {}
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if logs else {}
         self.began = time.monotonic()
         self.process = subprocess.Popen(words, stdout=output, stderr=said, env={**os.environ, **seen})
         for file in filter(None, {output, said}):
@@ -59,21 +61,21 @@ class Running:
             return
         if self.partial and self.stage.output:
             self.partial.replace(self.stage.output)
-        of = f"{len(self.gpus)} of " if self.beside else ""
+        of = f"{len(self.gpus)} of " if self.log else ""
         note(self.stage.record, self.stage.name, self.shown, seconds, of + machine())
         print(f"[{self.stage.name}] done in {seconds:,.0f} s", flush=True)
 
 
-def run_all(stages: list[Stage], gpus: int = 1, seconds: float = 1e9) -> int:
+def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9) -> int:
     """Run the stages that are not done, in order; returns the first failure's exit code, 2 if a need is missing, or 0.
 
-    With several GPUs each stage has its own, and those run at the same time whose needs are there. A failure ends what
-    needs the stage, not the rest. When the seconds are over the running stages get SIGTERM, on which training saves.
+    With several GPUs each stage has its own, and a log, and those run at the same time whose needs are there. A failure
+    ends what needs the stage, not the rest. When the seconds are over the running stages get SIGTERM: training saves.
     """
     deadline, code = time.monotonic() + seconds, 0
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     free = given.split(",")[:gpus] if given else [str(gpu) for gpu in range(gpus)]
-    beside = len(free) > 1
+    beside = logs if len(free) > 1 else None
     waiting = [stage for stage in stages if not stage.done.exists()]
     running: list[Running] = []
     try:

@@ -34,13 +34,13 @@ DONE = "import os,sys,time; open(sys.argv[1] + '.done', 'w').close(); "
 
 def test_a_stage_is_noted_and_its_output_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     answers = stage(tmp_path, DONE + "time.sleep(0.2); print('answer')", output=tmp_path / "out")
-    assert results_stages.run_all([answers]) == 0
+    assert results_stages.run_all([answers], tmp_path / "logs") == 0
     assert (tmp_path / "out").read_text() == "answer\n"
     noted = json.loads((tmp_path / "stages.jsonl").read_text())
     assert noted["stage"] == "a"
     assert noted["command"] in capfd.readouterr().out
     assert 0 < noted["seconds"] < 60
-    assert results_stages.run_all([answers]) == 0
+    assert results_stages.run_all([answers], tmp_path / "logs") == 0
     assert "$" not in capfd.readouterr().out, "it is done"
 
 
@@ -49,7 +49,7 @@ def test_time_that_is_up_stops_a_stage_and_leaves_nothing(tmp_path: Path) -> Non
     code = "import os,signal,sys,time\nos.chdir(os.path.dirname(sys.argv[1]))\nsignal.signal(signal.SIGTERM, lambda *_: (open('saved','w'), sys.exit(143)))\n"
     code += "print('half', flush=True)\nopen('ready','w')\ntime.sleep(60)"
     began = time.monotonic()
-    assert results_stages.run_all([stage(tmp_path, code, output=tmp_path / "out")], seconds=3) == 0
+    assert results_stages.run_all([stage(tmp_path, code, output=tmp_path / "out")], tmp_path / "logs", seconds=3) == 0
     assert time.monotonic() - began < 30
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "out").exists()
@@ -61,7 +61,7 @@ def test_a_failure_ends_what_needs_it_alone(tmp_path: Path, capfd: pytest.Captur
     broken = stage(tmp_path, "print('why', flush=True); raise SystemExit(7)", output=tmp_path / "out")
     needy = stage(tmp_path, DONE, "b", needs=(broken.done,))
     other = stage(tmp_path, DONE, "c")
-    assert results_stages.run_all([broken, needy, other], gpus) == 7
+    assert results_stages.run_all([broken, needy, other], tmp_path / "logs", gpus) == 7
     assert [json.loads(line)["stage"] for line in (tmp_path / "stages.jsonl").read_text().splitlines()] == ["c"]
     assert not (tmp_path / "out").exists()
     said = capfd.readouterr().out
@@ -81,7 +81,7 @@ def test_stages_on_gpus_of_their_own(
     c = stage(tmp_path, tell + end, "c", gpus=2)
     d = stage(tmp_path, tell + end, "d", needs=(c.done,))
     more = stage(tmp_path, tell + end, "e", gpus=3)
-    assert results_stages.run_all([d, a, b, c, more], 2, 60) == 2
+    assert results_stages.run_all([d, a, b, c, more], tmp_path / "logs", 2, 60) == 2
     assert {(tmp_path / name).read_text() for name in "ab"} == {"5", "7"}
     assert sorted((tmp_path / "c").read_text().split(",")) == ["5", "7"]
     assert (tmp_path / "d").read_text() in ("5", "7")
@@ -90,8 +90,9 @@ def test_stages_on_gpus_of_their_own(
     assert [row["machine"][:5] for row in rows] == ["1 of ", "1 of ", "2 of ", "1 of "]
     said = capfd.readouterr().out
     assert "\nsaid by" not in said
-    assert (tmp_path / "a.log").read_text() == f"said by {tmp_path}/a\n"
+    assert (tmp_path / "logs/a.log").read_text() == f"said by {tmp_path}/a\n"
     assert "[e] was not run: it needs 3 GPUs" in said
+    assert not list(tmp_path.glob("*.log")), "a run's folder must be empty for `train`"
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
