@@ -48,12 +48,7 @@ def bench(config: Config, dry_run: bool) -> int:
     """Run the command; returns its exit code. Raises UserError."""
     device, hf = resolve_device(config), load_config(config)
     wanted = config.bench
-    backends = [
-        attention.choose_backend(
-            b, device, resolve_dtype(config, device), shape_of(hf)["head_dim"], config.deterministic
-        )[0]
-        for b in wanted.attention
-    ]
+    backends = [attention.backend_of(config, hf, device, name)[0] for name in wanted.attention]
     cases = [Case(p, b, a) for b in dict.fromkeys(backends) for a in wanted.activations for p in wanted.packs]
     if wanted.step_packs:
         cases += [Case(p, backends[0], a, "step") for a in wanted.activations for p in wanted.packs]

@@ -94,10 +94,13 @@ def choose_backend(
     raise UserError(f"model.attention={wanted} cannot run here: {problem}; use {other}")
 
 
-def backend_of(config: Config, hf: Any, device: str) -> tuple[Backend, str]:
-    """The backend of a run and why. hf: the model's Hugging Face config. Raises UserError."""
+def backend_of(config: Config, hf: Any, device: str, wanted: str | None = None) -> tuple[Backend, str]:
+    """The backend of a run and why; wanted: another than its model.attention. hf: the model's Hugging Face config.
+
+    Raises UserError.
+    """
     dtype, head_dim = resolve_dtype(config, device), shape_of(hf)["head_dim"]
-    return choose_backend(config.model.attention, device, dtype, head_dim, config.deterministic)
+    return choose_backend(wanted or config.model.attention, device, dtype, head_dim, config.deterministic)
 
 
 def packed_attention(
