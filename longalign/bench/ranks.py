@@ -64,29 +64,32 @@ def micro_seconds(trace: Trace) -> list[float]:
     return [sum(seconds for seconds, _ in of_one) for _, of_one in groupby(slices, key=lambda piece: id(piece[1]))]
 
 
-def warm_up_packs(steps: list[list[Pack]], width: int) -> list[Pack]:
+def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack]) -> list[Pack]:
     """A step that runs the costliest pack, the fullest and the smallest, each on all ranks at a time.
 
-    width: packs of a micro-step, over all ranks.
+    width: packs of a micro-step, over all ranks. ran: those of earlier strategies; within their bounds nothing is new.
     """
     packs = [pack for step in steps for pack in step]
+    costliest, fullest = max(packs, key=lambda pack: pack.cost), max(packs, key=lambda pack: pack.tokens)
+    smallest = min(packs, key=lambda pack: pack.tokens)
     extremes = [
-        max(packs, key=lambda pack: pack.cost),
-        max(packs, key=lambda pack: pack.tokens),
-        min(packs, key=lambda pack: pack.tokens),
+        *([costliest] if all(pack.cost < costliest.cost for pack in ran) else []),
+        *([fullest] if all(pack.tokens < fullest.tokens for pack in ran) else []),
+        *([smallest] if all(pack.tokens > smallest.tokens for pack in ran) else []),
     ]
     unlike = {tuple(pack.sample_ids): pack for pack in extremes}
     return [pack for pack in unlike.values() for _ in range(width)]
 
 
 def measure(
-    engine: Any, dataset: Dataset, work: Work, config: Config, breakdown: Breakdown, warm_up: int, title: str
+    engine: Any, dataset: Dataset, work: Work, config: Config, breakdown: Breakdown, ran: list[Pack], title: str
 ) -> list[dict[str, Any]]:
-    """Every step of the work, after warm_up steps."""
+    """Every step of the work, after bench.warm_up steps of what is unlike all packs that earlier strategies ran."""
     cluster = config.cluster
     width = cluster.ranks // cluster.sequence_parallel * cluster.packs_per_micro_step
-    for _ in range(warm_up):
-        run_step(engine, dataset, warm_up_packs(work.steps, width), config, breakdown)
+    new = warm_up_packs(work.steps, width, ran)
+    for _ in range(config.bench.warm_up if new else 0):
+        run_step(engine, dataset, new, config, breakdown)
     rows = []
     with Bar(title, len(work.steps), "steps", quiet=dist.get_rank() != 0) as bar:
         for number, packs in enumerate(work.steps, start=1):
@@ -107,15 +110,15 @@ def main(output: str, *numbers: str) -> int:
         report["device"] = torch.cuda.get_device_name() if first.cluster.device == "cuda" else "CPU"
         every = {item: work_of(Path(output, "strategies", str(n))) for n, item in enumerate(report["strategies"])}
         dataset = read_data(first.data_dir)[0]
-        breakdown = Breakdown(dataset)
+        breakdown, ran = Breakdown(dataset), list[Pack]()
         for folder in folders:
             config, item = load_frozen(folder / "config.yaml"), report["strategies"][int(folder.name)]
             row: dict[str, Any] = {"strategy": item, "settings": config.strategy.model_dump()}
             report["rows"].append({**row, "failed": "did not end"})
             if dist.get_rank() == 0:
                 write_json(file, report)
-            warm_up = config.bench.warm_up if folder is folders[0] else min(1, config.bench.warm_up)
-            row["steps"] = measure(engine, dataset, every[item], config, breakdown, warm_up, item)
+            row["steps"] = measure(engine, dataset, every[item], config, breakdown, ran, item)
+            ran += [pack for packs in every[item].steps for pack in packs]
             report["rows"][-1] = row
             if dist.get_rank() == 0:
                 summarise(report, every)

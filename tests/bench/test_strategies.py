@@ -159,11 +159,22 @@ class FakeTraining:
         return torch.zeros(3)
 
 
+def test_only_what_is_new_is_warmed_up(words: list[str], tmp_path: Path) -> None:
+    """Naive after packing has smaller packs, but none that is costlier or fuller; sorted after naive has neither."""
+    works = prepared([*words, items("packing", "naive", "sorted")], tmp_path)[1]
+    packs = {item: [pack for step in work.steps for pack in step] for item, work in works.items()}
+    new = lambda item, *before: ranks.warm_up_packs(works[item].steps, 2, [p for b in before for p in packs[b]])
+    smallest = [min(packs["naive"], key=lambda pack: pack.tokens)] * 2
+    assert {pack.tokens for pack in new("packing")} >= {max(pack.tokens for pack in packs["packing"])}
+    assert new("naive", "packing") == smallest
+    assert new("sorted", "packing", "naive") == new("naive", "sorted") == []
+
+
 @pytest.mark.parametrize("item", ITEMS)
 def test_every_sample_is_run_once(item: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, works = prepared([*words, items(item)], tmp_path)
+    config, works = prepared([*words, items(item), "bench.warm_up=2"], tmp_path)
     fake, work = FakeTraining(monkeypatch), works[item]
-    rows = ranks.measure(SimpleNamespace(device=torch.device("cpu")), None, work, config, None, 2, item)  # type: ignore[arg-type]
+    rows = ranks.measure(SimpleNamespace(device=torch.device("cpu")), None, work, config, None, [], item)  # type: ignore[arg-type]
     warm, timed = fake.steps[:2], fake.steps[2:]
     assert sorted(sample for step in timed for sample in step) == list(range(len(LENGTHS)))
     assert all(0 in step and step.count(0) % 2 == 0 for step in warm), "the longest sample, on both ranks"
@@ -280,12 +291,12 @@ def test_ranks_that_die_or_are_stopped_leave_what_was_measured(tmp_path: Path, m
 
 def test_rows_are_written_as_strategies_end(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of three runs out of memory: the first one's figures stand by then, and the rank says why it ends."""
-    config, works = prepared([*words, items("naive", "sorted", "packing"), "bench.warm_up=3"], tmp_path)
+    config, works = prepared([*words, items("naive", "sorted", "packing")], tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps(strategies.about(config, list(works))))
-    warm_ups, seen = [], []
+    seen = []
 
-    def measure(engine: Any, dataset: Any, work: Work, config: Config, _: Any, warm_up: int, item: str) -> Any:
-        warm_ups.append(warm_up)
+    def measure(engine: Any, dataset: Any, work: Work, config: Config, _: Any, ran: Any, item: str) -> Any:
+        assert sorted(s for pack in ran for s in pack.sample_ids) == (list(range(len(LENGTHS))) if seen else [])
         seen.append(json.loads((tmp_path / "bench.json").read_text())["rows"])
         if item == "sorted":
             raise UserError("out of GPU memory on a micro-step")
@@ -298,7 +309,6 @@ def test_rows_are_written_as_strategies_end(words: list[str], tmp_path: Path, mo
         monkeypatch.setattr(ranks, name, value)
     monkeypatch.setattr(ranks.signal, "signal", lambda *_: None)
     assert ranks.main(str(tmp_path), "0", "1", "2") == 2
-    assert warm_ups == [3, 1]
     assert [(row["strategy"], row.get("failed"), row.get("samples_per_s")) for row in seen[1]] == [
         ("naive", None, len(LENGTHS) / 9),
         ("sorted", "did not end", None),
