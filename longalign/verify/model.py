@@ -101,7 +101,8 @@ def separate(model: Any, probe: Probe, average: Average, backward: bool) -> Seen
         mine = wanted[(wanted >= start) & (wanted < start + n_targets[row])] - start
         logits.append(made.detach()[mine.to(device)].float().cpu())
         start += n_targets[row]
-    norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.grad is not None]
+    # in float64: a float32 sum of the squares of so many is off by 1e-4 on a CPU
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in model.parameters() if p.grad is not None]
     norm = float(torch.stack(norms).norm()) if backward else None
     return Seen(losses, torch.cat(logits), list(_inv_freq(model)), norm)
 
