@@ -82,17 +82,17 @@ class Activations:
             return
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for number, layer in enumerate(self.layers):
-            layer._gradient_checkpointing_func = partial(self._run, number, _linears(layer))
+            layer._gradient_checkpointing_func = partial(self._run, number, _kept_weights(layer))
             if policy == "offload":
                 tile(layer.mlp)
 
-    def _run(self, number: int, linears: list[torch.nn.Linear], function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, number: int, weights: list[torch.Tensor], function: Callable[..., Any], *args: Any) -> Any:
         """function(*args), the layer of this number, whose input is args[0]."""
         behind = len(self.layers) - number
         attention: Place | None = "device" if self.policy in ("selective", "budget") else None
         if behind <= self.attention_on_host:
             attention = "host"
-        where = partial(_where, attention, linears if behind <= self.with_matmuls else [])
+        where = partial(_where, attention, weights if behind <= self.with_matmuls else [])
         contexts = noop_context_fn if self.policy == "full" else partial(self.kept.modes, number, where)
         if behind > self.inputs_on_host:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
@@ -238,28 +238,31 @@ def _least(value: int) -> int:
     return int(smallest)
 
 
-def _linears(layer: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Those whose outputs the backward pass needs: not the last (down_proj), whose output is only added, and not those
-    that kernels.rope turns, whose own output is kept.
+def _kept_weights(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Of the linears whose outputs the backward pass needs: not the last (down_proj), whose output is only added, and
+    not those that kernels.rope turns, whose own output is kept.
+
+    The tensors, not their modules: ZeRO-3 takes `linear.weight` for a use of it, gathers it, and counts it to the
+    module that is running.
     """
     linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
     turned = ("q_proj", "k_proj") if kernels.fuses_rope(layer) else ()
-    return [module for name, module in linears if not name.endswith(turned)]
+    return [module.weight for name, module in linears if not name.endswith(turned)]
 
 
 def _width(layer: torch.nn.Module) -> int:
-    """Elements of a token that the outputs of _linears, and of those that kernels.rope turns, take."""
+    """Elements of a token that the outputs of those linears, and of those that kernels.rope turns, take."""
     return sum([module.out_features for module in layer.modules() if isinstance(module, torch.nn.Linear)][:-1])
 
 
-def _where(attention: Place | None, linears: list[torch.nn.Linear], op: Any, args: Any) -> Place | None:
+def _where(attention: Place | None, weights: list[torch.Tensor], op: Any, args: Any) -> Place | None:
     """Where the operator's outputs are kept; None: nowhere."""
     if op.namespace in NAMESPACES or op in SDPA or op is torch.ops.longalign.flash4.default:
         return attention
-    if linears and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], linears))):
+    if weights and (op is torch.ops.longalign.rope.default or (op in MATMULS and _is_of(args[-1], weights))):
         return "device"
     return None
 
 
-def _is_of(matrix: torch.Tensor, linears: list[torch.nn.Linear]) -> bool:
-    return any(matrix.data_ptr() == linear.weight.data_ptr() for linear in linears)
+def _is_of(matrix: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    return any(matrix.data_ptr() == weight.data_ptr() for weight in weights)

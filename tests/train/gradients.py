@@ -10,6 +10,7 @@ RUN/gradients.safetensors, under "0/", "1/", ... for the steps in turn:
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,27 @@ def checked_steps(config: Config) -> list[list[Pack]]:
     return [plan.step(1), plan.step(plan.n_steps), [joined, *rest, alone]]
 
 
+def keep_as_on_gpus(activations: Any) -> None:
+    """Outputs of matmuls in more layers on one rank than on the next, and every third micro-step, on all, everything."""
+    layers, micro_steps, policy = len(activations.layers), itertools.count(), activations.before
+    if activations.policy != "budget":
+        return
+
+    def before(tokens: int) -> None:
+        policy(tokens)
+        whole = next(micro_steps) % 3 == 2
+        activations.with_matmuls = dist.get_rank() % (layers + 1)
+        for layer in activations.layers:
+            layer.gradient_checkpointing = not whole
+
+    activations.before = before
+
+
 def measure(config: Config) -> None:
     """Write RUN/gradients.safetensors. Gradients are read where they are whole: behind the step's last backward."""
     dataset, _ = read_data(config.data_dir)
     engine = build_engine(config, dist.get_world_size())
+    keep_as_on_gpus(engine.activations)
     restore_inv_freq(engine.module)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0  # so that every step starts from the same weights

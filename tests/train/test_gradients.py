@@ -35,6 +35,20 @@ STRATEGIES = {
 }
 PROCESSES = (1, 2, 4)
 TOGETHER = (1, 2, 4)  # values of cluster.sequence_parallel; four ranks outnumber the model's two key-value heads
+# Of so small a model ZeRO-3 would fetch all weights at once. With a window of a layer it fetches and frees them in turn.
+FETCHING = (
+    "{"
+    + ", ".join(
+        f"stage3_{key}: {elements}"
+        for key, elements in {
+            "param_persistence_threshold": 0,
+            "prefetch_bucket_size": 2000,
+            "max_live_parameters": 20000,
+            "max_reuse_distance": 20000,
+        }.items()
+    )
+    + "}"
+)
 CPU_BACKENDS = ("sdpa",)  # values of model.attention that run on a CPU
 
 
@@ -60,6 +74,8 @@ class Layout(NamedTuple):
             f"cluster.zero_stage={self.zero_stage}",
             f"model.attention={self.backend}",
             f"model.dtype={self.dtype}",
+            *(["activations=budget"] if self.zero_stage else []),  # as on GPUs, see gradients.keep_as_on_gpus
+            *([f"cluster.deepspeed={{zero_optimization: {FETCHING}}}"] if self.zero_stage == 3 else []),
         ]
 
 
