@@ -106,8 +106,10 @@ def main(config_file: str, peer: str, pack: str, result: str) -> None:
 
         trainer.data_collator = counted
         trainer.train()
-    seconds, tokens = np.diff(clock.ends)[per_pass * WARM_UP - 1 :].tolist(), tokens[per_pass * WARM_UP : -1]
-    assert len(seconds) == len(tokens), "a time for every micro-step between the warm-up and the last"
+    seconds = np.diff(clock.ends)[per_pass * WARM_UP - 1 :].tolist()
+    # A pack more may have been read ahead: the peer's packing need not make of `times` packs just as many.
+    tokens = tokens[per_pass * WARM_UP :][: len(seconds)]
+    assert len(seconds) == len(tokens) > 0, "tokens of every micro-step between the warm-up and the last"
     write_json(
         Path(result),
         {
