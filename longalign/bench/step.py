@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset
 
 from longalign.bench.layouts import lengths, make_batch
-from longalign.cluster.workers import free_port
 from longalign.config import load_frozen
 from longalign.data.plan import Pack
 from longalign.data.template import IGNORE
@@ -45,7 +44,7 @@ def main(config_file: str, pack: str, backend: str, policy: str, result: str) ->
     )
     config = settle_offload(config)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone, MASTER_PORT=str(free_port()))
+    os.environ.update(alone, MASTER_PORT="0")  # any
     join(device)
     hf, rng = load_config(config), np.random.default_rng(config.seed)
     documents = lengths(pack, config.max_length, rng)

@@ -25,11 +25,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from longalign.cluster.link import BEAT_S, MARK, Message, listen, send
-from longalign.cluster.workers import STOP_SIGNALS, end, start_worker, tail, worker_environment
+from longalign.cluster.workers import STOP_SIGNALS, end, reserved_port, start_worker, tail, worker_environment
 from longalign.files import versions
 from longalign.schema import Config
 from longalign.streams import outlive_readers
@@ -119,16 +120,17 @@ class Agent:
         logs.mkdir(parents=True, exist_ok=True)
         workers: list[subprocess.Popen[bytes]] = []
         names = []
-        try:
-            for local in range(int(config.cluster.processes)):
-                environment = worker_environment(config, local, port, node, address)
-                names.append((int(environment["RANK"]), logs / f"{host}-rank-{environment['RANK']}.log"))
-                worker = start_worker(job["command"], environment, names[-1][1], if_orphaned=signal.SIGKILL)
-                workers.append(worker)
-                threading.Thread(target=self._await, args=(worker, local), daemon=True).start()
-            return self.watch(workers, names)
-        finally:
-            end(workers, dump=True)
+        with reserved_port(port) if node == 0 else nullcontext():
+            try:
+                for local in range(int(config.cluster.processes)):
+                    environment = worker_environment(config, local, port, node, address)
+                    names.append((int(environment["RANK"]), logs / f"{host}-rank-{environment['RANK']}.log"))
+                    worker = start_worker(job["command"], environment, names[-1][1], if_orphaned=signal.SIGKILL)
+                    workers.append(worker)
+                    threading.Thread(target=self._await, args=(worker, local), daemon=True).start()
+                return self.watch(workers, names)
+            finally:
+                end(workers, dump=True)
 
     def _await(self, worker: subprocess.Popen[bytes], local: int) -> None:
         self.inbox.put({"exit": worker.wait(), "local": local})

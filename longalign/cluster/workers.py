@@ -23,10 +23,17 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 TAIL = 4000  # bytes of a failed rank's log that are shown
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@contextmanager
+def reserved_port(port: int = 0) -> Iterator[int]:
+    """A free port, or this one, for rank 0 to listen on; nobody else gets it until the context ends.
+
+    A rank takes its time to start: of several launches on a host, one lost its port to a connection of another. A
+    socket that is bound but does not listen keeps others away, and not a rank's, whose address is as reusable.
+    """
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("", port))
+        yield keeper.getsockname()[1]
 
 
 def worker_environment(
@@ -177,8 +184,7 @@ def run_workers(command: list[str], config: Config, logs: Path, saves: bool = Tr
         if number == signal.SIGTERM:
             deadline = min(deadline, time.monotonic() + 0.9 * config.grace_s)
 
-    with on_stop(forward):
-        port = free_port()
+    with on_stop(forward), reserved_port() as port:
         try:
             for rank in range(int(config.cluster.processes)):
                 log = None if rank == 0 else logs / f"rank-{rank}.log"

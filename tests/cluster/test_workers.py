@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from longalign.cluster import hosts
-from longalign.cluster.workers import run_workers
+from longalign.cluster.workers import reserved_port, run_workers
 from longalign.schema import Config
 from longalign.train import worker
 from longalign.train.checkpoint import RECORD
@@ -39,6 +42,16 @@ while not told:
 time.sleep(1.0 if how == "save" else 30)
 open(f"{folder}/saved-{rank}", "w").close()
 """
+
+
+def test_a_reserved_port_is_for_a_rank_alone() -> None:
+    """Another program's socket cannot have it while a rank is about to start; the rank's store can listen on it."""
+    with reserved_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, timeout=timedelta(seconds=10))
+        store.set("rank", "0")
+        assert store.get("rank") == b"0"
 
 
 def run(config: Config, folder: Path, how: str, signals: int = 0, saves: bool = True) -> int:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longalign.errors import UserError
+from longalign.model.load import load_model
 from longalign.model.rope import check_inv_freq, context_warning, restore_inv_freq, set_theta
 from longalign.schema import Config
 from longalign.train.metrics import read_metrics
@@ -42,6 +43,19 @@ def test_a_cast_is_caught_and_mended(model_dir: Path) -> None:
         check_inv_freq(model, None)
     restore_inv_freq(model)
     assert torch.equal(inv_freq(model), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_drawn_on_a_gpu_turn_as_those_loaded_from_their_export(
+    run_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = run_config(tmp_path / "run", "model.init=random", "cluster.device=cuda", "model.rope.theta=2e6")
+    drawn = load_model(config, torch.bfloat16)
+    assert inv_freq(drawn).is_cuda
+    drawn.config.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert torch.equal(inv_freq(drawn).cpu(), inv_freq(loaded))
 
 
 def test_what_cannot_be_set() -> None:
