@@ -34,6 +34,9 @@ from longalign.stats import ranks_of, strategies
 
 STEPS = 100  # of a plan that are timed, evenly spread
 CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
+# Seconds a layer of DeepSpeed's hooks under ZeRO-3: no micro-step is faster. Measured when every module's weights were
+# gathered apart (docs/performance-log.md); whole layers since, which is not measured yet.
+HOOKS = 0.042
 
 
 def plan(config: Config, dry_run: bool) -> int:
@@ -71,10 +74,7 @@ def plan(config: Config, dry_run: bool) -> int:
             raise UserError(does_not_fit(site, pack))
     factor = probe(site, worst) if config.plan.probe else None
     step_extra = optimizer_seconds(config, parameters, gpu)
-    rows = {
-        name: forecast(found, site, exchange(config, parameters, gpu), step_extra, factor or 1.0)
-        for name, found in steps.items()
-    }
+    rows = {name: forecast(found, site, exchange(site), step_extra, factor or 1.0) for name, found in steps.items()}
     costs = policies(site, worst, factor or 1.0)
     report = {
         "gpu": gpu.name,
@@ -160,12 +160,14 @@ def forecast(found: dict[str, Any], site: Site, exchanged: float, step_extra: fl
     }
 
 
-def exchange(config: Config, parameters: int, gpu: gpus.Gpu) -> float:
+def exchange(site: Site) -> float:
     """Seconds that a micro-step exchanges: ZeRO-3 gathers bf16 weights twice, from 2 on fp32 gradients are reduced."""
-    stage = config.cluster.zero_stage
-    if config.cluster.ranks == 1 or stage < 2:
+    cluster = site.config.cluster
+    if cluster.ranks == 1 or cluster.zero_stage < 2:
         return 0.0
-    return parameters * (8 if stage == 3 else 4) / gpu.link
+    if cluster.zero_stage == 2:
+        return site.parameters * 4 / site.gpu.link
+    return max(site.parameters * 8 / site.gpu.link, site.shape["layers"] * HOOKS)
 
 
 def optimizer_seconds(config: Config, parameters: int, gpu: gpus.Gpu) -> float:

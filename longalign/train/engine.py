@@ -131,9 +131,10 @@ def build_engine(config: Config, ranks: int) -> Any:
     if device == "cuda" and config.model.kernels == "auto":
         kernels.install(model)
     activations = Activations(model, resolve_policy(config, device))
-    if config.cluster.zero_stage == 3 and activations.policy == "offload":
-        # Ranks cut MLPs into unlike numbers of tiles: an MLP's weights are gathered for all of them, not for each.
-        set_z3_leaf_modules(model, [type(layer.mlp) for layer in activations.layers[:1]])
+    if config.cluster.zero_stage == 3 and activations.layers:
+        # A layer's weights are gathered and freed together. For each of its modules apart, DeepSpeed's hooks alone take
+        # a second of a 7B's micro-step, and ranks that cut MLPs into unlike numbers of tiles would gather unlike often.
+        set_z3_leaf_modules(model, [type(layer) for layer in activations.layers[:1]])
     model.train()
     groups = parameter_groups(model, config.weight_decay)
     if config.cluster.offload_optimizer:
