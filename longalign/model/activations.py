@@ -10,8 +10,8 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     offload     as selective, in host memory         0                  as selective; long MLPs run in tiles
 
 With budget, if the device cannot hold it for all layers, layer inputs and attention outputs stand in host memory (where
-that has room for all of them), for the sake of more matmuls' outputs. With offload, attention outputs for which host
-memory has no room are computed again, and layer inputs for which it has none stay on the device.
+that has room for all of them) if that makes room for the matmuls' outputs of many more layers. With offload, attention
+outputs for which host memory has no room are computed again, and layer inputs for which it has none stay on the device.
 
 Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint.
 """
@@ -47,6 +47,7 @@ SDPA = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 MARGIN = 0.04  # of the device's memory, left free
+HOST_GAIN = 4  # budget goes to host memory where that lets more than a fourth of the layers keep their matmuls' outputs
 LEAST_SLICE = 4096  # tokens; shorter slices leave a large GPU waiting for work
 
 
@@ -137,8 +138,7 @@ class Activations:
         # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
         # and ZeRO-3's.
         whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
-        on_device = whole or self.memory.fitting(tokens, on_host=False) == layers
-        on_host = not on_device and self._fits_host(tokens) == layers
+        on_host = not whole and self.memory.better_on_host(tokens) and self._fits_host(tokens) == layers
         self.inputs_on_host = self.attention_on_host = layers if on_host else 0
         self.with_matmuls = self.memory.choose(tokens, whole, on_host)
         for layer in self.layers:
@@ -193,18 +193,28 @@ class Memory:
         return any(self.passing.values()) and tokens * self.whole <= self.room()
 
     def fitting(self, tokens: int, on_host: bool) -> int:
-        """The layers whose matmuls' outputs memory holds; 0 until a micro-step has been measured."""
+        """The layers whose matmuls' outputs memory holds, with attention outputs and layer inputs there or on the host.
+
+        -1 if it does not even hold those, or until a micro-step has been measured.
+        """
         # Copies on their way count as passing: what was measured with them is enough without them.
         passing = self.passing[on_host] or (0.0 if on_host else self.passing[True])
-        if not passing:
-            return 0
         left = self.room() - tokens * (self._kept(on_host) + passing)
-        return max(0, min(self.layers, int(left / (tokens * self.matmuls))))
+        return min(self.layers, int(left / (tokens * self.matmuls))) if passing and left >= 0 else -1
+
+    def better_on_host(self, tokens: int) -> bool:
+        """Whether attention outputs and layer inputs leave room enough when they go to the host.
+
+        The copies take the time that the matmuls of about six of 32 layers save (docs/performance-log.md), more where
+        others use the host's memory, too.
+        """
+        on_device = self.fitting(tokens, on_host=False)
+        return on_device < 0 or self.fitting(tokens, on_host=True) - on_device > self.layers / HOST_GAIN
 
     def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
         """The layers that keep their matmuls' outputs in the micro-step that begins."""
         torch.cuda.reset_peak_memory_stats()
-        layers = self.fitting(tokens, on_host)
+        layers = max(0, self.fitting(tokens, on_host))
         self.now = (tokens, whole, layers, on_host)
         return layers
 

@@ -63,8 +63,11 @@ def test_more_kept_is_faster_and_larger() -> None:
     seconds, peaks = ([getattr(one, key) for one in found] for key in ("seconds", "peak"))
     assert seconds == sorted(seconds, reverse=True)
     assert peaks == sorted(peaks)
-    on_host = of([65536], "budget", host=1e12)
-    assert on_host.seconds < found[-1].seconds
+    assert of([65536], "budget", host=1e12) == found[-1], "not for a few layers more"
+    assert of([65536], "budget", fixed=110e9) is None
+    on_host = of([65536], "budget", host=1e12, fixed=110e9)
+    assert on_host.kept.startswith("attention in host memory")
+    assert on_host.seconds < found[0].seconds
 
 
 def test_a_pack_costs_what_its_documents_cost() -> None:
