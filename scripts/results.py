@@ -8,9 +8,9 @@
     last     verify, bench and a chat about a long document, of the first row
 
 A stage that is finished is skipped, one that was killed goes on where it can, and one that fails ends only what needs
-it. `--gpus 4` runs as many stages at a time. Figures land in docs/results/*.json, from which alone the tables and
-pictures of docs/results.md are made (results_page.py). `--smoke` runs every stage at toy size on two cores, with the
-bundled tiny model and packages made of this repository, in runs/smoke.
+it. `--gpus 4` runs as many stages at a time, and four evaluations on a GPU. Figures land in docs/results/*.json, from
+which alone the tables and pictures of docs/results.md are made (results_page.py). `--smoke` runs every stage at toy
+size on two cores, with the bundled tiny model and packages made of this repository, in runs/smoke.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 import results_page
 import results_smoke
 from results_collect import collect, read
-from results_stages import CLI, Stage, Words, run_all
+from results_stages import CLI, PARTS, Stage, Words, run_all
 
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
@@ -160,7 +160,7 @@ def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> St
     path = model or run / "model"
     command = longalign("eval", RECIPE, f"model.path={path}", f"output_dir={run}/eval")
     needs = (path / "config.json", TOKENS / "heldout/manifest.json", TEST / "documents.json")
-    return Stage(f"eval:{run.relative_to(RUNS)}", run / "eval/results.json", lambda: command, run, needs)
+    return Stage(f"eval:{run.relative_to(RUNS)}", run / "eval/results.json", lambda: command, run, needs, parts=1)
 
 
 def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
@@ -169,7 +169,9 @@ def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
     verify = longalign("verify", RECIPE, model, "verify.tokens=16384", f"output_dir={SHOWN}/verify")
     yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN, (*needs, PLAN))
     asked = (*needs, TEST / "long.jsonl")
-    yield Stage("chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, asked, SHOWN / "chat.txt")
+    yield Stage(
+        "chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, asked, SHOWN / "chat.txt", parts=1
+    )
     bench = longalign("bench", RECIPE, model, f"output_dir={SHOWN}/bench")
     yield Stage("bench", SHOWN / "bench/bench.json", lambda: bench, SHOWN, needs)
 
@@ -220,6 +222,8 @@ def main() -> None:
     stages += [*data_stages(longalign, model), *token_stages(longalign, model)]
     stages += [*run_stages(longalign, model, seeds), *last_stages(longalign, chat_tokens)]
     stages += [two_gpu_stage(longalign, model)] if options.gpus > 1 else []
+    if options.gpus > 1:
+        stages.sort(key=lambda stage: stage.parts < PARTS)  # what shares a GPU comes when no training waits for it
     for pattern in options.only:
         if not any(fnmatch(stage.name, pattern) for stage in stages):
             parser.error(f"--only {pattern}: no such stage; --list shows them")

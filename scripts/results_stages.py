@@ -16,6 +16,7 @@ from results_collect import machine, note
 
 Words = list[str]
 CLI = [sys.executable, "-m", "longalign.cli"]
+PARTS = 4  # of a GPU, so many evaluations run on one at a time: each waits for the host most of the time
 TAIL = 3000  # characters of a failed stage's log that are shown
 
 
@@ -28,6 +29,7 @@ class Stage:
     needs: tuple[Path, ...] = ()  # exist before it can begin
     output: Path | None = None  # what the command prints
     gpus: int = 1
+    parts: int = PARTS  # of each GPU that it takes; one that is timed takes all
 
 
 class Running:
@@ -69,28 +71,34 @@ class Running:
 def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9) -> int:
     """Run the stages that are not done, in order; returns the first failure's exit code, 2 if a need is missing, or 0.
 
-    With several GPUs each stage has its own, and a log, and those run at the same time whose needs are there. A failure
-    ends what needs the stage, not the rest. When the seconds are over the running stages get SIGTERM: training saves.
+    With several GPUs each stage has its own, or parts of one, and a log, and those run at the same time whose needs are
+    there. A failure ends what needs the stage, not the rest. When the seconds are over the running stages get SIGTERM:
+    training saves.
     """
     deadline, code = time.monotonic() + seconds, 0
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    free = given.split(",")[:gpus] if given else [str(gpu) for gpu in range(gpus)]
-    beside = logs if len(free) > 1 else None
+    names = given.split(",")[:gpus] if given else [str(gpu) for gpu in range(gpus)]
+    beside = logs if len(names) > 1 else None
+    free = dict.fromkeys(names, PARTS)  # parts of each GPU
     waiting = [stage for stage in stages if not stage.done.exists()]
     running: list[Running] = []
     try:
         while time.monotonic() < deadline:
             for stage in list(waiting):
                 made = all(path.exists() for path in stage.needs)
-                if len(free) >= stage.gpus and made and not any(one.stage.done in stage.needs for one in running):
+                parts = stage.parts if beside else PARTS
+                roomy = sorted((gpu for gpu in free if free[gpu] >= parts), key=lambda gpu: -free[gpu])
+                if len(roomy) >= stage.gpus and made and not any(one.stage.done in stage.needs for one in running):
                     waiting.remove(stage)
-                    mine, free = free[: stage.gpus], free[stage.gpus :]
-                    running.append(Running(stage, mine, beside))
+                    running.append(Running(stage, roomy[: stage.gpus], beside))
+                    for gpu in running[-1].gpus:
+                        free[gpu] -= parts
             ended = [one for one in running if one.process.poll() is not None]
             for one in ended:
                 one.finish()
                 running.remove(one)
-                free += one.gpus
+                for gpu in one.gpus:
+                    free[gpu] += one.stage.parts if beside else PARTS
                 code = code or one.process.returncode
             if not running and not ended:
                 break

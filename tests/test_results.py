@@ -95,6 +95,23 @@ def test_stages_on_gpus_of_their_own(
     assert not list(tmp_path.glob("*.log")), "a run's folder must be empty for `train`"
 
 
+def test_stages_that_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of a part each can only end if they run at the same time, and on two GPUs two run on each; the next, which
+    takes a whole GPU, begins when one is empty again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    begun = "import glob,os,sys,time\nhere = os.path.dirname(sys.argv[1])\n"
+    begun += "open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    meet = "while len(glob.glob(here + '/part?')) < 4: time.sleep(0.05)\n"
+    count = "open(here + '/beside', 'w').write(str(len(glob.glob(here + '/part?.done'))))\n"
+    end = "open(sys.argv[1] + '.done', 'w')"
+    of_four = [stage(tmp_path, begun + meet + end, f"part{n}", parts=1) for n in range(4)]
+    whole = stage(tmp_path, begun + count + end, "whole")
+    assert results_stages.run_all([*of_four, whole], tmp_path / "logs", 2, 60) == 0
+    seen = [(tmp_path / f"part{n}").read_text() for n in range(4)]
+    assert sorted(seen) == ["5", "5", "7", "7"]
+    assert int((tmp_path / "beside").read_text()) >= 2, "those of its GPU had ended"
+
+
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
