@@ -75,6 +75,7 @@ class Activations:
         shape, size = shape_of(model.config), model.dtype.itemsize
         self.input_bytes = size * shape["hidden"]  # of a token and layer
         self.attention_bytes = size * shape["heads"] * shape["head_dim"] + 4 * shape["heads"]
+        self.settled = False  # whether budget has kept all on the device once
         self.highest = 0  # bytes of the device, before the present micro-step and since take_peak
         self.memory = None
         if policy == "budget" and torch.cuda.is_available():
@@ -140,6 +141,9 @@ class Activations:
         whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
         on_host = not whole and self.memory.better_on_host(tokens) and self._fits_host(tokens) == layers
         self.inputs_on_host = self.attention_on_host = layers if on_host else 0
+        if not on_host and not self.settled:  # what the first micro-step, which measured, left in host memory
+            self.kept.host.buffers.clear()
+            self.settled = True
         self.with_matmuls = self.memory.choose(tokens, whole, on_host)
         for layer in self.layers:
             layer.gradient_checkpointing = not whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_budget_with_inputs_and_attention_on_the_host(model_dir: Path) -> None:
             assert torch.equal(gradient, truth[name]), name
         assert not activations.kept.here, "nothing stays behind"
         assert not activations.kept.host.coming
+
+
+def test_host_memory_of_the_measuring_micro_step_is_given_back_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """budget begins with the host; where the device then serves, nothing stays pinned. A later use keeps its buffers."""
+    batch, weights = batch_of(40, 3, 25)
+    truth = gradients(build(model_dir, "none")[0], batch, weights)
+    module, activations = build(model_dir, "budget")
+    host = [True, False, True, False]  # what the memory's measures say, micro-step by micro-step
+    fake = SimpleNamespace(
+        fits_whole=lambda _: False, better_on_host=lambda _: host.pop(0), choose=lambda *_: 1, learn=lambda: None
+    )
+    activations.memory = fake  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    buffers = []
+    while host:
+        activations.before(68)
+        found = gradients(module, batch, weights)
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        activations.after()
+        buffers.append(len(activations.kept.host.buffers))
+    assert buffers[0] > 0
+    assert buffers == [buffers[0], 0, buffers[0], buffers[0]]
 
 
 @pytest.mark.parametrize(("inputs", "kept"), [(2, 1), (2, 0), (1, 0), (0, 0)])
