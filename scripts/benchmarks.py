@@ -1,0 +1,133 @@
+"""The runs of docs/benchmarks.md on your own GPUs, in stages that can be stopped and begun again.
+
+    python scripts/benchmarks.py paper_mix.npz [--gpus 4] [--until 1500] [--only STAGE ...] [--list] [--also WORD ...]
+
+    passes        one GPU: one long document, many short ones, the paper's mix, beside TRL at its best (pip install trl)
+    32k           one GPU: one document of half the length
+    epoch:1       an epoch of the paper's lengths, balanced, AdamW on the GPU
+    epoch:N       the paper's Figure 5 on N GPUs under ZeRO-3: the same data, and every strategy
+    longest:N     one document as long as N GPUs should hold, Llama-3.1-8B's shape, N running it together
+
+paper_mix.npz has `length` and `n_target` of every sample. Models are shapes with random weights. What a stage measured
+lies in runs/benchmarks/STAGE/bench.json, what it said in runs/benchmarks/logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from results_stages import CLI, Stage, Words, run_all
+
+ROOT = Path(__file__).parent.parent
+RUNS = Path("runs/benchmarks")
+MODELS, TOKENS = RUNS / "models", RUNS / "tokens"
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "torch_dtype": "bfloat16",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": {**LLAMA, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama3.1-8b": {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+}
+STRATEGIES = ["packing packer=next_fit", "packing", "balanced", "naive", "sorted"]
+# One pack a GPU and step: with several, neighbours among them are alike, and few GPUs have little to wait for.
+STEP = ("strategy.strata=1", "bench.warm_up=1")
+SAMPLES = 60  # of the epoch, for every GPU
+LONGEST = {1: 393_216, 2: 524_288, 4: 1_048_576, 8: 2_097_152}  # tokens
+
+
+def write_models() -> None:
+    """Folders with a config.json, and the bundled model's tokenizer for TRL, which asks for one."""
+    for name, shape in SHAPES.items():
+        folder = MODELS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        positions = {"max_position_embeddings": max(LONGEST.values()), "rope_theta": 5e6}
+        (folder / "config.json").write_text(json.dumps({**shape, **positions}), encoding="utf-8")
+        for file in (ROOT / "longalign/assets/tiny").glob("tokenizer*"):
+            shutil.copy(file, folder)
+
+
+def data_stage(name: str, *words: str) -> Stage:
+    folder = TOKENS / name
+    command = [sys.executable, str(ROOT / "bench/paper_tokens.py"), *words]
+    return Stage(f"data:{name}", folder / "manifest.json", lambda: command, TOKENS, parts=1)
+
+
+def bench(name: str, model: str, gpus: int, *words: str, needs: tuple[Path, ...] = ()) -> Stage:
+    output = RUNS / name.replace(":", "-")
+    where = ["model=hf", f"model.path={MODELS / model}", "cluster=1gpu", f"cluster.processes={gpus}"]
+    command = [*CLI, "bench", *where, *words, f"output_dir={output}"]
+    return Stage(name, output / "bench.png", lambda: command, RUNS, needs, gpus=gpus)
+
+
+def stages(lengths: Path, gpus: int, also: Words) -> Iterator[Stage]:
+    """also: words put behind every bench command, such as activations=offload."""
+    on_gpu = "cluster.offload_optimizer=false"
+    yield bench("passes", "llama2-7b", 1, "bench.packs=[1x65536,64x1024,mix]", "bench.peer=[trl]", *also)
+    yield bench("32k", "llama2-7b", 1, "bench.packs=[1x32768]", *also)
+    for n in (n for n in (1, 2, 4, 8) if n <= gpus):
+        epoch, longest, tokens = f"epoch-{max(n, 2)}", f"longest-{n}", LONGEST[n]
+        if n != 2:  # one GPU runs what two do
+            yield data_stage(epoch, str(lengths), str(TOKENS / epoch), f"--samples={SAMPLES * max(n, 2)}")
+        where = [
+            f"data_dir={TOKENS / epoch}",
+            "max_length=65536",
+            f"strategy.packs_per_step={max(n, 2)}",
+            *STEP,
+            on_gpu,
+        ]
+        stage, items = ("cluster.zero_stage=3", STRATEGIES) if n > 1 else ("cluster.zero_stage=1", ["balanced"])
+        needs = (TOKENS / epoch / "manifest.json",)
+        listed = f"bench.strategies={json.dumps(items)}"
+        yield bench(f"epoch:{n}", "llama2-7b", n, *where, stage, listed, *also, needs=needs)
+        if n == 1:
+            one = [f"bench.packs=[1x{tokens}]", "bench.activations=[offload]", "bench.warm_up=0", "bench.repeat=1"]
+            yield bench("longest:1", "llama3.1-8b", 1, *one, *also)
+            continue
+        yield data_stage(longest, str(TOKENS / longest), f"--one={tokens}", "--vocab=128256")
+        together = [f"cluster.sequence_parallel={n}", "cluster.zero_stage=3", on_gpu, "activations=offload"]
+        once = [f"data_dir={TOKENS / longest}", f"max_length={tokens}", "bench.strategies=[naive]", "bench.warm_up=0"]
+        needs = (TOKENS / longest / "manifest.json",)
+        yield bench(f"longest:{n}", "llama3.1-8b", n, *together, *once, *also, needs=needs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lengths", type=Path)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'data:*' 'epoch:2'")
+    parser.add_argument("--also", nargs="+", metavar="WORD", default=[], help="words behind every bench command")
+    parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    chosen = list(stages(options.lengths, options.gpus, options.also))
+    for pattern in options.only:
+        if not any(fnmatch(stage.name, pattern) for stage in chosen):
+            parser.error(f"--only {pattern}: no such stage; --list shows them")
+    chosen = [stage for stage in chosen if any(fnmatch(stage.name, pattern) for pattern in options.only)]
+    if options.list:
+        for stage in chosen:
+            print("done " if stage.done.exists() else "to do", stage.name)
+        return
+    write_models()
+    TOKENS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(run_all(chosen, RUNS / "logs", options.gpus, options.until))
+
+
+if __name__ == "__main__":
+    main()
