@@ -13,7 +13,7 @@ from longalign.model.load import load_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import benchmarks  # noqa: E402
+import benchmarks
 
 
 def test_every_stage_is_a_command_whose_needs_are_made_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
