@@ -84,11 +84,16 @@ def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9
     running: list[Running] = []
     try:
         while time.monotonic() < deadline:
+            held = False  # a stage that could begin waits for whole GPUs: none that shares one comes before it
             for stage in list(waiting):
                 made = all(path.exists() for path in stage.needs)
+                if not made or any(one.stage.done in stage.needs for one in running):
+                    continue
                 parts = stage.parts if beside else PARTS
                 roomy = sorted((gpu for gpu in free if free[gpu] >= parts), key=lambda gpu: -free[gpu])
-                if len(roomy) >= stage.gpus and made and not any(one.stage.done in stage.needs for one in running):
+                if len(roomy) < stage.gpus:
+                    held = held or stage.gpus <= len(free)
+                elif parts == PARTS or not held:
                     waiting.remove(stage)
                     running.append(Running(stage, roomy[: stage.gpus], beside))
                     for gpu in running[-1].gpus:

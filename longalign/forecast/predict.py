@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longalign.forecast.gpus import Gpu
-from longalign.model.activations import HOST_GAIN, LEAST_SLICE, MARGIN, Policy
+from longalign.model.activations import LEAST_SLICE, MARGIN, Policy
 from longalign.model.cost import cost_of
 from longalign.model.offload import TILE, TILE_FROM
 
@@ -96,12 +96,10 @@ def estimate(
     if policy == "none" or (policy == "budget" and tokens <= limit):
         again, peak, kept = 0.0, tokens * size.whole, "everything"
     elif policy == "budget":
-        beside = tokens * size.passing + two_layers  # with all else in host memory
-        holds = lambda base: min(layers, (room - base) // (tokens * size.matmuls))
-        on_host = on_host and (selective > room or holds(beside) - holds(selective) > layers / HOST_GAIN)
-        base = beside if on_host else selective
+        on_host = on_host and selective > room
+        base = tokens * size.passing + two_layers if on_host else selective
         host = tokens * (size.inputs + size.attention) * on_host
-        whole_layers = int(max(0, holds(base)))
+        whole_layers = int(np.clip((room - base) / (tokens * size.matmuls), 0, layers))
         again, peak = 1 - whole_layers / layers, base + whole_layers * tokens * size.matmuls
         kept = f"attention{' in host memory' * on_host}, matmuls in {whole_layers} of {layers} layers"
     elif policy == "selective":

@@ -9,9 +9,10 @@ Bytes kept per token and layer, in bf16 (h hidden, q query, k key-value and m ML
     none        everything                           about 12h + 6m     nothing is
     offload     as selective, in host memory         0                  as selective; long MLPs run in tiles
 
-With budget, if the device cannot hold it for all layers, layer inputs and attention outputs stand in host memory (where
-that has room for all of them) if that makes room for the matmuls' outputs of many more layers. With offload, attention
-outputs for which host memory has no room are computed again, and layer inputs for which it has none stay on the device.
+With budget, layer inputs and attention outputs stand in host memory (where that has room for all of them) if the device
+cannot hold those of all layers: the matmuls' outputs for which that makes room save no more than the copies take. With
+offload, attention outputs for which host memory has no room are computed again, and layer inputs for which it has none
+stay on the device.
 
 Every option's gradients are the same numbers. All but `none` run layers under torch's non-reentrant checkpoint.
 """
@@ -47,7 +48,6 @@ SDPA = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 MARGIN = 0.04  # of the device's memory, left free
-HOST_GAIN = 4  # budget goes to host memory where that lets more than a fourth of the layers keep their matmuls' outputs
 LEAST_SLICE = 4096  # tokens; shorter slices leave a large GPU waiting for work
 
 
@@ -139,9 +139,10 @@ class Activations:
         # All ranks alike: a layer that is computed again calls its collectives again, those of sequence parallelism
         # and ZeRO-3's.
         whole, layers = bool(_least(self.memory.fits_whole(tokens))), len(self.layers)
-        on_host = not whole and self.memory.better_on_host(tokens) and self._fits_host(tokens) == layers
+        on_host = not whole and self.memory.fitting(tokens, on_host=False) < 0 and self._fits_host(tokens) == layers
         self.inputs_on_host = self.attention_on_host = layers if on_host else 0
-        if not on_host and not self.settled:  # what the first micro-step, which measured, left in host memory
+        # What the first micro-step, which measured, left in host memory, if one as long can do without.
+        if not on_host and not self.settled and tokens >= self.memory.measured[True]:
             self.kept.host.buffers.clear()
             self.settled = True
         self.with_matmuls = self.memory.choose(tokens, whole, on_host)
@@ -205,15 +206,6 @@ class Memory:
         passing = self.passing[on_host] or (0.0 if on_host else self.passing[True])
         left = self.room() - tokens * (self._kept(on_host) + passing)
         return min(self.layers, int(left / (tokens * self.matmuls))) if passing and left >= 0 else -1
-
-    def better_on_host(self, tokens: int) -> bool:
-        """Whether attention outputs and layer inputs leave room enough when they go to the host.
-
-        The copies take the time that the matmuls of about six of 32 layers save (docs/performance-log.md), more where
-        others use the host's memory, too.
-        """
-        on_device = self.fitting(tokens, on_host=False)
-        return on_device < 0 or self.fitting(tokens, on_host=True) - on_device > self.layers / HOST_GAIN
 
     def choose(self, tokens: int, whole: bool, on_host: bool) -> int:
         """The layers that keep their matmuls' outputs in the micro-step that begins."""

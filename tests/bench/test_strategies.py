@@ -316,6 +316,24 @@ def test_rows_are_written_as_strategies_end(words: list[str], tmp_path: Path, mo
     assert (tmp_path / "strategies" / "1" / "failed.txt").read_text() == "out of GPU memory on a micro-step"
 
 
+@pytest.mark.parametrize(("code", "drawn"), [(0, True), (1, True), (143, False), (130, False)])
+def test_a_picture_tells_that_a_bench_ended_by_itself(
+    code: int, drawn: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that was stopped, what it measured stands in bench.json, and scripts begin it again."""
+
+    def run(config: Config, chosen: list[str], output: Path) -> int:
+        report = json.loads((output / "bench.json").read_text())
+        report["rows"] = [{"strategy": "naive", "settings": {"name": "naive"}, "steps": [step(1.0, 8, 100, 0, 1.0)]}]
+        summarise(report, {"naive": work_of(output / "strategies" / "0")})
+        (output / "bench.json").write_text(json.dumps(report))
+        return code
+
+    monkeypatch.setattr(strategies, "run", run)
+    assert strategies.bench(compose_config("bench", [*words, items("naive")]), dry_run=False) == code
+    assert (tmp_path / "out" / "bench.png").exists() == drawn
+
+
 @pytest.mark.slow
 def test_two_ranks_measure_every_strategy(words: list[str], tmp_path: Path) -> None:
     said = in_process(

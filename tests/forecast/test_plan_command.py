@@ -189,4 +189,3 @@ def test_two_gpus_take_what_they_were_measured_to(base_words: list[str]) -> None
         off = 0.25 if row["strategy"] == "naive" else 0.15
         assert told["seconds_per_step"] * len(packs) == pytest.approx(row["seconds"], rel=off), row["strategy"]
         assert told["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
-        print(row["strategy"], told["seconds_per_step"] * len(packs), row["seconds"], told["peak_gib"], row["peak_gib"])

@@ -35,6 +35,8 @@ MEASURED: list[tuple[str, Policy, float, float, float]] = [
     ("1x512", "budget", 3747, 27.4, 100e9),
     ("1x65536", "offload", 5526, 36.2, 100e9),
     ("1x393216", "offload", 1133, 64.9, 114e9),
+    ("1x32768", "budget", 8709, 118.5, 100e9),
+    ("64x1024", "budget", 15213, 130.9, 100e9),
 ]
 
 
@@ -63,7 +65,7 @@ def test_more_kept_is_faster_and_larger() -> None:
     seconds, peaks = ([getattr(one, key) for one in found] for key in ("seconds", "peak"))
     assert seconds == sorted(seconds, reverse=True)
     assert peaks == sorted(peaks)
-    assert of([65536], "budget", host=1e12) == found[-1], "not for a few layers more"
+    assert of([65536], "budget", host=1e12) == found[-1], "attention outputs fit the device"
     assert of([65536], "budget", fixed=110e9) is None
     on_host = of([65536], "budget", host=1e12, fixed=110e9)
     assert on_host.kept.startswith("attention in host memory")
