@@ -18,14 +18,12 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from results_stages import CLI, Stage, Words, run_all
+from results_stages import CLI, Stage, Words, add_options, choose, run_all
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs/benchmarks")
@@ -107,25 +105,13 @@ def stages(lengths: Path, gpus: int, also: Words) -> Iterator[Stage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lengths", type=Path)
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'data:*' 'epoch:2'")
+    add_options(parser)
     parser.add_argument("--also", nargs="+", metavar="WORD", default=[], help="words behind every bench command")
-    parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    chosen = list(stages(options.lengths, options.gpus, options.also))
-    for pattern in options.only:
-        if not any(fnmatch(stage.name, pattern) for stage in chosen):
-            parser.error(f"--only {pattern}: no such stage; --list shows them")
-    chosen = [stage for stage in chosen if any(fnmatch(stage.name, pattern) for pattern in options.only)]
-    if options.list:
-        for stage in chosen:
-            print("done " if stage.done.exists() else "to do", stage.name)
-        return
+    chosen = choose(list(stages(options.lengths, options.gpus, options.also)), options, parser)
     write_models()
     TOKENS.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run_all(chosen, RUNS / "logs", options.gpus, options.until))
 
 

@@ -19,16 +19,14 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import results_page
 import results_smoke
 from results_collect import collect, read
-from results_stages import CLI, PARTS, Stage, Words, run_all
+from results_stages import CLI, PARTS, Stage, Words, add_options, choose, run_all
 
 ROOT = Path(__file__).parent.parent
 DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
@@ -205,10 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     smoke = {"nargs": "?", "const": ROOT / "runs/smoke", "type": Path, "metavar": "FOLDER"}
     parser.add_argument("--smoke", **smoke, help="every stage at toy size on a CPU, in FOLDER (runs/smoke)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'train:full/*/1' data")
-    parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
-    parser.add_argument("--gpus", type=int, default=1, help="stages at a time; with two, runs on two are timed, too")
-    parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
+    add_options(parser)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     stages: list[Stage] = []
@@ -224,15 +219,7 @@ def main() -> None:
     stages += [two_gpu_stage(longalign, model)] if options.gpus > 1 else []
     if options.gpus > 1:
         stages.sort(key=lambda stage: stage.parts < PARTS)  # what shares a GPU comes when no training waits for it
-    for pattern in options.only:
-        if not any(fnmatch(stage.name, pattern) for stage in stages):
-            parser.error(f"--only {pattern}: no such stage; --list shows them")
-    chosen = [stage for stage in stages if any(fnmatch(stage.name, pattern) for pattern in options.only)]
-    if options.list:
-        for stage in chosen:
-            print("done " if stage.done.exists() else "to do", stage.name)
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its stages end with it
+    chosen = choose(stages, options, parser)
     code = run_all(chosen, RUNS / "logs", options.gpus, options.until)
     collect(RUNS, DATA, Path("docs/results"))
     results_page.write(Path("docs/results"), Path("docs/results.md"), ROOT / "docs/results.md")

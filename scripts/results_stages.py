@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from results_collect import machine, note
@@ -66,6 +68,27 @@ class Running:
         of = f"{len(self.gpus)} of " if self.log else ""
         note(self.stage.record, self.stage.name, self.shown, seconds, of + machine())
         print(f"[{self.stage.name}] done in {seconds:,.0f} s", flush=True)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", metavar="STAGE", default=["*"], help="these stages: 'train:full/*/1' data")
+    parser.add_argument("--until", type=float, metavar="SECONDS", default=1e9, help="stop after so many seconds")
+    parser.add_argument("--gpus", type=int, default=1, help="stages at a time; with more there are runs on more, too")
+    parser.add_argument("--list", action="store_true", help="show the stages, and which are finished")
+
+
+def choose(stages: list[Stage], options: Namespace, parser: ArgumentParser) -> list[Stage]:
+    """Those of --only. --list shows them and ends; from then on a SIGTERM ends the stages with this process."""
+    for pattern in options.only:
+        if not any(fnmatch(stage.name, pattern) for stage in stages):
+            parser.error(f"--only {pattern}: no such stage; --list shows them")
+    chosen = [stage for stage in stages if any(fnmatch(stage.name, pattern) for pattern in options.only)]
+    if options.list:
+        for stage in chosen:
+            print("done " if stage.done.exists() else "to do", stage.name)
+        sys.exit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return chosen
 
 
 def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9) -> int:
