@@ -15,7 +15,6 @@ import sys
 sys.path.pop(0)  # this folder, where Python would find tokenize.py in place of its own module
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +42,7 @@ def main() -> None:
         drawn = np.random.default_rng(args.seed).integers(len(mix["length"]), size=args.samples)
         length, n_target = mix["length"][drawn].astype(np.int64), mix["n_target"][drawn].astype(np.int64)
     n_target = np.clip(n_target, 1, length - 1)  # nothing comes before a sample's first token
-    partial = args.folder.with_name(args.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_random(partial, length, n_target, args.vocab, args.seed)
-    partial.rename(args.folder)
+    write_random(args.folder, length, n_target, args.vocab, args.seed)
     print(f"{args.folder}: {len(length):,} samples, {length.sum():,} tokens, {n_target.sum():,} targets")
 
 

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from results_stages import CLI, Stage, Words, add_options, choose, run_all
+from results_stages import CLI, ROOT, Stage, Words, add_options, choose, run_all
 
-ROOT = Path(__file__).parent.parent
 RUNS = Path("runs/benchmarks")
 MODELS, TOKENS = RUNS / "models", RUNS / "tokens"
 LLAMA = {
@@ -41,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama3.1-8b": {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
 }
 STRATEGIES = ["packing packer=next_fit", "packing", "balanced", "naive", "sorted"]
+ON_GPU = "cluster.offload_optimizer=false"
 # One pack a GPU and step: with several, neighbours among them are alike, and few GPUs have little to wait for.
 STEP = ("strategy.strata=1", "bench.warm_up=1")
 SAMPLES = 60  # of the epoch, for every GPU
@@ -71,35 +70,36 @@ def bench(name: str, model: str, gpus: int, *words: str, needs: tuple[Path, ...]
     return Stage(name, output / "bench.png", lambda: command, RUNS, needs, gpus=gpus)
 
 
+def epoch_stages(n: int, lengths: Path, also: Words) -> Iterator[Stage]:
+    """An epoch on n GPUs. One GPU runs what two do, with the optimizer's states beside the weights, by `balanced`."""
+    data, packs = f"epoch-{max(n, 2)}", max(n, 2)
+    if n != 2:
+        yield data_stage(data, str(lengths), str(TOKENS / data), f"--samples={SAMPLES * packs}")
+    stage, items = (1, ["balanced"]) if n == 1 else (3, STRATEGIES)
+    where = [f"data_dir={TOKENS / data}", "max_length=65536", f"cluster.zero_stage={stage}", ON_GPU]
+    how = [f"strategy.packs_per_step={packs}", *STEP, f"bench.strategies={json.dumps(items)}"]
+    yield bench(f"epoch:{n}", "llama2-7b", n, *where, *how, *also, needs=(TOKENS / data / "manifest.json",))
+
+
+def longest_stages(n: int, also: Words) -> Iterator[Stage]:
+    data, tokens = f"longest-{n}", LONGEST[n]
+    if n == 1:
+        one = [f"bench.packs=[1x{tokens}]", "bench.activations=[offload]", "bench.warm_up=0", "bench.repeat=1"]
+        yield bench("longest:1", "llama3.1-8b", 1, *one, *also)
+        return
+    yield data_stage(data, str(TOKENS / data), f"--one={tokens}", "--vocab=128256")
+    where = [f"data_dir={TOKENS / data}", f"max_length={tokens}", "cluster.zero_stage=3", ON_GPU]
+    how = [f"cluster.sequence_parallel={n}", "activations=offload", "bench.strategies=[naive]", "bench.warm_up=0"]
+    yield bench(f"longest:{n}", "llama3.1-8b", n, *where, *how, *also, needs=(TOKENS / data / "manifest.json",))
+
+
 def stages(lengths: Path, gpus: int, also: Words) -> Iterator[Stage]:
     """also: words put behind every bench command, such as activations=offload."""
-    on_gpu = "cluster.offload_optimizer=false"
     yield bench("passes", "llama2-7b", 1, "bench.packs=[1x65536,64x1024,mix]", "bench.peer=[trl]", *also)
     yield bench("32k", "llama2-7b", 1, "bench.packs=[1x32768]", *also)
-    for n in (n for n in (1, 2, 4, 8) if n <= gpus):
-        epoch, longest, tokens = f"epoch-{max(n, 2)}", f"longest-{n}", LONGEST[n]
-        if n != 2:  # one GPU runs what two do
-            yield data_stage(epoch, str(lengths), str(TOKENS / epoch), f"--samples={SAMPLES * max(n, 2)}")
-        where = [
-            f"data_dir={TOKENS / epoch}",
-            "max_length=65536",
-            f"strategy.packs_per_step={max(n, 2)}",
-            *STEP,
-            on_gpu,
-        ]
-        stage, items = ("cluster.zero_stage=3", STRATEGIES) if n > 1 else ("cluster.zero_stage=1", ["balanced"])
-        needs = (TOKENS / epoch / "manifest.json",)
-        listed = f"bench.strategies={json.dumps(items)}"
-        yield bench(f"epoch:{n}", "llama2-7b", n, *where, stage, listed, *also, needs=needs)
-        if n == 1:
-            one = [f"bench.packs=[1x{tokens}]", "bench.activations=[offload]", "bench.warm_up=0", "bench.repeat=1"]
-            yield bench("longest:1", "llama3.1-8b", 1, *one, *also)
-            continue
-        yield data_stage(longest, str(TOKENS / longest), f"--one={tokens}", "--vocab=128256")
-        together = [f"cluster.sequence_parallel={n}", "cluster.zero_stage=3", on_gpu, "activations=offload"]
-        once = [f"data_dir={TOKENS / longest}", f"max_length={tokens}", "bench.strategies=[naive]", "bench.warm_up=0"]
-        needs = (TOKENS / longest / "manifest.json",)
-        yield bench(f"longest:{n}", "llama3.1-8b", n, *together, *once, *also, needs=needs)
+    for n in (n for n in LONGEST if n <= gpus):
+        yield from epoch_stages(n, lengths, also)
+        yield from longest_stages(n, also)
 
 
 def main() -> None:
@@ -108,7 +108,6 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--also", nargs="+", metavar="WORD", default=[], help="words behind every bench command")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     chosen = choose(list(stages(options.lengths, options.gpus, options.also)), options, parser)
     write_models()
     TOKENS.mkdir(parents=True, exist_ok=True)

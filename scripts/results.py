@@ -26,9 +26,8 @@ from pathlib import Path
 import results_page
 import results_smoke
 from results_collect import collect, read
-from results_stages import CLI, PARTS, Stage, Words, add_options, choose, run_all
+from results_stages import CLI, PARTS, ROOT, Stage, Words, add_options, choose, run_all
 
-ROOT = Path(__file__).parent.parent
 DATA, RUNS = Path("data/smollm2"), Path("runs/smollm2")
 TRAIN, TEST, TOKENS = DATA / "train", DATA / "test", DATA / "tokens"
 BASE, RECIPE = "experiment=smollm2_64k_base", "experiment=smollm2_64k"
@@ -205,7 +204,6 @@ def main() -> None:
     parser.add_argument("--smoke", **smoke, help="every stage at toy size on a CPU, in FOLDER (runs/smoke)")
     add_options(parser)
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     stages: list[Stage] = []
     if options.smoke:
         longalign, seeds, chat_tokens = Longalign(results_smoke.WORDS), SEEDS[:1], 300

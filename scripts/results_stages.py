@@ -16,6 +16,7 @@ from pathlib import Path
 
 from results_collect import machine, note
 
+ROOT = Path(__file__).parent.parent
 Words = list[str]
 CLI = [sys.executable, "-m", "longalign.cli"]
 PARTS = 4  # of a GPU, so many evaluations run on one at a time: each waits for the host most of the time
@@ -51,8 +52,11 @@ class Running:
         said = open(self.log, "wb") if self.log else None
         output = open(self.partial, "wb") if self.partial else said
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if logs else {}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.began = time.monotonic()
-        self.process = subprocess.Popen(words, stdout=output, stderr=said, env={**os.environ, **seen})
+        self.process = subprocess.Popen(
+            words, stdout=output, stderr=said, env={**os.environ, **seen, "PYTHONPATH": path}
+        )
         for file in filter(None, {output, said}):
             file.close()
 
@@ -103,6 +107,7 @@ def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9
     names = given.split(",")[:gpus] if given else [str(gpu) for gpu in range(gpus)]
     beside = logs if len(names) > 1 else None
     free = dict.fromkeys(names, PARTS)  # parts of each GPU
+    taken = lambda stage: stage.parts if beside else PARTS
     waiting = [stage for stage in stages if not stage.done.exists()]
     running: list[Running] = []
     try:
@@ -112,21 +117,20 @@ def run_all(stages: list[Stage], logs: Path, gpus: int = 1, seconds: float = 1e9
                 made = all(path.exists() for path in stage.needs)
                 if not made or any(one.stage.done in stage.needs for one in running):
                     continue
-                parts = stage.parts if beside else PARTS
-                roomy = sorted((gpu for gpu in free if free[gpu] >= parts), key=lambda gpu: -free[gpu])
+                roomy = sorted((gpu for gpu in free if free[gpu] >= taken(stage)), key=lambda gpu: -free[gpu])
                 if len(roomy) < stage.gpus:
                     held = held or stage.gpus <= len(free)
-                elif parts == PARTS or not held:
+                elif taken(stage) == PARTS or not held:
                     waiting.remove(stage)
                     running.append(Running(stage, roomy[: stage.gpus], beside))
                     for gpu in running[-1].gpus:
-                        free[gpu] -= parts
+                        free[gpu] -= taken(stage)
             ended = [one for one in running if one.process.poll() is not None]
             for one in ended:
                 one.finish()
                 running.remove(one)
                 for gpu in one.gpus:
-                    free[gpu] += one.stage.parts if beside else PARTS
+                    free[gpu] += taken(one.stage)
                 code = code or one.process.returncode
             if not running and not ended:
                 break

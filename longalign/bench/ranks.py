@@ -70,14 +70,10 @@ def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack]) -> list[
     width: packs of a micro-step, over all ranks. ran: those of earlier strategies; within their bounds nothing is new.
     """
     packs = [pack for step in steps for pack in step]
-    costliest, fullest = max(packs, key=lambda pack: pack.cost), max(packs, key=lambda pack: pack.tokens)
-    smallest = min(packs, key=lambda pack: pack.tokens)
-    extremes = [
-        *([costliest] if all(pack.cost < costliest.cost for pack in ran) else []),
-        *([fullest] if all(pack.tokens < fullest.tokens for pack in ran) else []),
-        *([smallest] if all(pack.tokens > smallest.tokens for pack in ran) else []),
-    ]
-    unlike = {tuple(pack.sample_ids): pack for pack in extremes}
+    sizes = (lambda pack: pack.cost, lambda pack: pack.tokens, lambda pack: -pack.tokens)
+    extremes = [(size, max(packs, key=size)) for size in sizes]
+    new = [pack for size, pack in extremes if all(size(other) < size(pack) for other in ran)]
+    unlike = {tuple(pack.sample_ids): pack for pack in new}
     return [pack for pack in unlike.values() for _ in range(width)]
 
 

@@ -12,7 +12,7 @@ from datasets import DatasetInfo
 
 from longalign.data.table import FEATURES, ROWS_PER_BATCH, SCHEMA
 from longalign.data.template import IGNORE
-from longalign.files import write_json
+from longalign.files import fresh_folder, write_json
 
 Lists = tuple[pa.ListArray, pa.ListArray]  # input_ids and labels of some rows
 
@@ -22,24 +22,24 @@ def write_folder(
 ) -> None:
     """A tokenised folder in batches as tokenize writes them. tokens(rows): of the samples of these places.
 
-    manifest: must tell `fingerprint` and `model_shape`. Raises FileExistsError.
+    manifest: must tell `fingerprint` and `model_shape`. Whole or absent. Raises UserError if it holds something.
     """
-    folder.mkdir(parents=True)
-    name = "data-00000-of-00001.arrow"
-    with pa.ipc.new_stream(str(folder / name), SCHEMA) as writer:
-        for start in range(0, len(length), ROWS_PER_BATCH):
-            rows = slice(start, start + ROWS_PER_BATCH)
-            size = length[rows]
-            source = pa.array(np.where(size < 8192, "sharegpt", "LongAlign-10k"))
-            ids = np.arange(start, start + len(size))
-            columns = [*tokens(rows), size, n_target[rows], source, ids + 1, ids]
-            arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, SCHEMA))
-    DatasetInfo(features=FEATURES).write_to_directory(str(folder))
-    state = {"_data_files": [{"filename": name}], "_fingerprint": manifest["fingerprint"], "_split": None}
-    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-    write_json(folder / "state.json", state)
-    write_json(folder / "manifest.json", manifest)
+    with fresh_folder(folder, (), overwrite=False) as partial:
+        name = "data-00000-of-00001.arrow"
+        with pa.ipc.new_stream(str(partial / name), SCHEMA) as writer:
+            for start in range(0, len(length), ROWS_PER_BATCH):
+                rows = slice(start, start + ROWS_PER_BATCH)
+                size = length[rows]
+                source = pa.array(np.where(size < 8192, "sharegpt", "LongAlign-10k"))
+                ids = np.arange(start, start + len(size))
+                columns = [*tokens(rows), size, n_target[rows], source, ids + 1, ids]
+                arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, SCHEMA))
+        DatasetInfo(features=FEATURES).write_to_directory(str(partial))
+        state = {"_data_files": [{"filename": name}], "_fingerprint": manifest["fingerprint"], "_split": None}
+        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+        write_json(partial / "state.json", state)
+        write_json(partial / "manifest.json", manifest)
 
 
 def write_random(folder: Path, length: np.ndarray, n_target: np.ndarray, vocab: int, seed: int) -> None:

@@ -37,17 +37,8 @@ PROCESSES = (1, 2, 4)
 TOGETHER = (1, 2, 4)  # values of cluster.sequence_parallel; four ranks outnumber the model's two key-value heads
 # Of so small a model ZeRO-3 would fetch all weights at once. With a window of a layer it fetches and frees them in turn.
 FETCHING = (
-    "{"
-    + ", ".join(
-        f"stage3_{key}: {elements}"
-        for key, elements in {
-            "param_persistence_threshold": 0,
-            "prefetch_bucket_size": 2000,
-            "max_live_parameters": 20000,
-            "max_reuse_distance": 20000,
-        }.items()
-    )
-    + "}"
+    "{stage3_param_persistence_threshold: 0, stage3_prefetch_bucket_size: 2000, "
+    "stage3_max_live_parameters: 20000, stage3_max_reuse_distance: 20000}"
 )
 CPU_BACKENDS = ("sdpa",)  # values of model.attention that run on a CPU
 
