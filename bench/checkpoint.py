@@ -1,10 +1,11 @@
 """What a checkpoint costs: how long training stands still, how fast files are written, checked and read.
 
-    python bench/checkpoint.py [FOLDER] [layers=8] [width=512] [tokens=2048] [steps=12] [device=cpu]
+    python bench/checkpoint.py [FOLDER] [layers=8] [width=512] [tokens=2048] [steps=12] [every=3] [device=cpu]
 
-A Llama of random weights trains in this process, without DeepSpeed, and is saved after every third step by the worker's
-own Saver into FOLDER (a temporary one by default). `stall` is the time that save() takes of the training loop, `beside`
-a step while a file is being written, `alone` one without. Medians; the first save, whose memory is new, is left out.
+A Llama of random weights trains in this process, without DeepSpeed, and is saved after `every` steps by the worker's
+own Saver into FOLDER (a temporary one by default); they should take longer than a write, which a save waits for.
+`stall` is the time that save() takes of the training loop, `beside` a step while a file is being written, `alone` one
+without. Medians; the first save, whose memory is new, is left out.
 """
 
 from __future__ import annotations
@@ -31,12 +32,8 @@ from longalign.train.saver import Saver
 def main(words: list[str]) -> None:
     given = dict(word.split("=") for word in words if "=" in word)
     number = lambda key, default: int(given.get(key, default))
-    layers, width, device, steps = (
-        number("layers", 8),
-        number("width", 512),
-        given.get("device", "cpu"),
-        number("steps", 12),
-    )
+    layers, width, device = number("layers", 8), number("width", 512), given.get("device", "cpu")
+    steps, every = number("steps", 12), number("every", 3)
     folder = next((word for word in words if "=" not in word), None) or tempfile.mkdtemp()
     heads = max(1, width // 64)
     shape = LlamaConfig(
@@ -55,7 +52,7 @@ def main(words: list[str]) -> None:
     engine: Any = SimpleNamespace(
         module=model, optimizer=optimizer, basic_optimizer=optimizer, zero_optimization_stage=lambda: 0
     )
-    config: Any = SimpleNamespace(output_dir=folder, save_every=3, keep_last=1, keep_every=None)
+    config: Any = SimpleNamespace(output_dir=folder, save_every=every, keep_last=1, keep_every=None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     ids = torch.randint(0, 32000, (1, number("tokens", 2048)), device=device)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -76,7 +73,7 @@ def main(words: list[str]) -> None:
             busy = saver.thread is not None and saver.thread.is_alive()
             seconds = step()
             (beside if busy else alone).append(seconds)
-            if n % 3 == 0:
+            if n % every == 0:
                 began = time.perf_counter()
                 saver.save(n)
                 stalls.append(time.perf_counter() - began)
