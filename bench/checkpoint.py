@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
             busy = saver.thread is not None and saver.thread.is_alive()
             seconds = step()
             (beside if busy else alone).append(seconds)
-            if n % every == 0:
+            if n % every == 0 or n == steps:
                 began = time.perf_counter()
                 saver.save(n)
                 stalls.append(time.perf_counter() - began)

@@ -148,6 +148,7 @@ class LongTasks(Strict):
     documents: str
     samples: PositiveInt
     turns: PositiveInt
+    questions: PositiveInt
     kinds: Annotated[list[TaskKind], Field(min_length=1)]
     split: Literal["train", "test"]
 

@@ -96,7 +96,8 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=61000")
         wheels += ("source.min_tokens=16000",) if part is TRAIN else ()  # long distances are what is to be learned
         yield prepare(f"documents:{split}", part / "documents.json", part / "wheels.done", "packages", *wheels)
-        asked = (documents, f"source.samples={samples}", "source.turns=10", f"source.split={split}")  # one of each kind
+        asked = (documents, f"source.samples={samples}", "source.turns=10", f"source.split={split}")  # all kinds
+        asked += ("source.questions=3",) if part is TRAIN else ()  # more to learn from the same reading
         yield prepare(f"long:{split}", part / "long.jsonl", part / "documents.json", "long_tasks", *asked)
     text = (f"source.documents={TRAIN}/documents", "source.tokens=6500000")
     yield prepare("text", TRAIN / "text.jsonl", TRAIN / "documents.json", "text", *text)

@@ -18,14 +18,18 @@ TIMES = (2, 5)  # that a fact or an event is stated
 Hidden = list[str]  # sentences in the order in which they stand
 
 
-class Task(NamedTuple):
-    """Sentences to hide, in order, and what to ask about them."""
-
-    hidden: Hidden
+class Asked(NamedTuple):
     question: str
     answer: str
     short: str  # the bare answer
     alone: str = "Reply with the answer alone."  # how it is asked for
+
+
+class Task(NamedTuple):
+    """Sentences to hide, in order, and what to ask about them: n questions, or as many as they allow."""
+
+    hidden: Hidden
+    asked: list[Asked]
 
 
 class Fact(NamedTuple):
@@ -88,23 +92,25 @@ def listed(words: list[str]) -> str:
     return ", ".join(words[:-1]) + f" and {words[-1]}" if len(words) > 1 else words[0]
 
 
-def one_fact(names: Iterator[str], rng: random.Random) -> Task:
-    wanted, *others = facts(1 + few_or_many(rng), names, rng)
-    hidden = [said(fact, rng) for fact in (wanted, *others)]
-    rng.shuffle(hidden)
-    asked = rng.choice(["What is the {}?", "Tell me the {}.", "According to the text, what is the {}?"])
-    return Task(hidden, asked.format(wanted.about), str(wanted), wanted.value)
-
-
-def several_facts(names: Iterator[str], rng: random.Random) -> Task:
-    n, others = rng.randint(2, 4), few_or_many(rng)
-    found = facts(n + others, names, rng)
-    wanted = found[:n]
+def one_fact(names: Iterator[str], rng: random.Random, n: int) -> Task:
+    found = facts(1 + few_or_many(rng), names, rng)
     hidden = [said(fact, rng) for fact in found]
     rng.shuffle(hidden)
-    asked = listed([f"the {fact.about}" for fact in wanted])
-    answer = " ".join(str(fact) for fact in wanted)
-    return Task(hidden, f"What are {asked}?", answer, ", ".join(fact.value for fact in wanted))
+    asked = ("What is the {}?", "Tell me the {}.", "According to the text, what is the {}?")
+    questions = [Asked(rng.choice(asked).format(fact.about), str(fact), fact.value) for fact in found[:n]]
+    return Task(hidden, questions)
+
+
+def several_facts(names: Iterator[str], rng: random.Random, n: int) -> Task:
+    found = facts(4 + few_or_many(rng), names, rng)
+    hidden = [said(fact, rng) for fact in found]
+    rng.shuffle(hidden)
+    questions = []
+    for _ in range(n):
+        wanted = rng.sample(found, rng.randint(2, 4))
+        question = f"What are {listed([f'the {fact.about}' for fact in wanted])}?"
+        questions.append(Asked(question, " ".join(map(str, wanted)), ", ".join(fact.value for fact in wanted)))
+    return Task(hidden, questions)
 
 
 def values_of(attribute: str, n: int, rng: random.Random) -> list[str]:
@@ -115,89 +121,98 @@ def values_of(attribute: str, n: int, rng: random.Random) -> list[str]:
     return list(found)
 
 
-def all_values(names: Iterator[str], rng: random.Random) -> Task:
-    attribute, wanted = rng.choice([*WORDS, *NUMBERS]), next(names)
-    people = [wanted, *(next(names) for _ in range(OTHERS))]
+def all_values(names: Iterator[str], rng: random.Random, n: int) -> Task:
+    attribute, people = rng.choice([*WORDS, *NUMBERS]), [next(names) for _ in range(1 + OTHERS)]
     told = [(who, value) for who in people for value in values_of(attribute, rng.randint(*TIMES), rng)]
     rng.shuffle(told)
-    hidden = [one_of(attribute, *one) for one in told]
-    values = [value for who, value in told if who == wanted]
-    question = f"What are all the {attribute}s of the {wanted}, in the order of the text?"
-    return Task(hidden, question, f"The {attribute}s of the {wanted} are {listed(values)}.", ", ".join(values))
+    questions = []
+    for wanted in people[:n]:
+        values = [value for who, value in told if who == wanted]
+        question = f"What are all the {attribute}s of the {wanted}, in the order of the text?"
+        answer = f"The {attribute}s of the {wanted} are {listed(values)}."
+        questions.append(Asked(question, answer, ", ".join(values)))
+    return Task([one_of(attribute, *pair) for pair in told], questions)
 
 
 def one_of(attribute: str, who: str, value: str) -> str:
     return f"One of the {attribute}s of the {who} is {value}."
 
 
-def one_number(names: Iterator[str], rng: random.Random) -> Task:
+def one_number(names: Iterator[str], rng: random.Random, n: int) -> Task:
     attribute, who = rng.choice(NUMBERS), long_names(names, rng)
-    values = values_of(attribute, 1 + few_or_many(rng), rng)
-    told = [(next(who), value) for value in values]
-    wanted, value = told[0]
+    told = [(next(who), value) for value in values_of(attribute, 1 + few_or_many(rng), rng)]
+    questions = []
+    for wanted, value in told[:n]:
+        question, answer = f"What is the {attribute} of the {wanted}?", f"The {attribute} of the {wanted} is {value}."
+        questions.append(Asked(question, answer, value, "Reply with the number alone."))
     rng.shuffle(told)
-    hidden = [one_of(attribute, *one) for one in told]
-    answer = f"The {attribute} of the {wanted} is {value}."
-    return Task(hidden, f"What is the {attribute} of the {wanted}?", answer, value, "Reply with the number alone.")
+    return Task([one_of(attribute, *pair) for pair in told], questions)
 
 
-def several_numbers(names: Iterator[str], rng: random.Random) -> Task:
-    """Of several owners in the order asked, or all of one in the order of the text."""
-    attribute, who, n = rng.choice(NUMBERS), long_names(names, rng), rng.randint(*TIMES)
-    of_one = rng.random() < 0.5
-    wanted = [next(who)] * n if of_one else [next(who) for _ in range(n)]
-    people = [*wanted, *(next(who) for _ in range(few_or_many(rng)))]
+def several_numbers(names: Iterator[str], rng: random.Random, n: int) -> Task:
+    """Of several owners in the order asked, and in one of the questions all of one, in the order of the text."""
+    attribute, who = rng.choice(NUMBERS), long_names(names, rng)
+    one, others = next(who), [next(who) for _ in range(max(TIMES[1], few_or_many(rng)))]
+    people = [one] * rng.randint(*TIMES) + others
     told = list(zip(people, values_of(attribute, len(people), rng), strict=True))
-    values = [value for _, value in told[:n]]
     rng.shuffle(told)
-    if of_one:
-        values = [value for owner, value in told if owner == wanted[0]]
-        question, order = f"Which are all the {attribute}s of the {wanted[0]}?", ""
-    else:
-        question, order = (
-            f"Which are the {attribute}s of {', '.join(f'the {one}' for one in wanted)}?",
-            "in that order, ",
-        )
-    alone = f"Reply with the numbers alone, {order}separated by commas."
-    answer = f"The {attribute}s are {listed(values)}."
-    return Task([one_of(attribute, *one) for one in told], question, answer, ", ".join(values), alone)
+    of_one = rng.randrange(max(n, 2))
+    questions = []
+    for number in range(n):
+        if number == of_one:
+            question, order = f"Which are all the {attribute}s of the {one}?", ""
+            values = [value for owner, value in told if owner == one]
+        else:
+            wanted, order = rng.sample(others, rng.randint(*TIMES)), "in that order, "
+            question = f"Which are the {attribute}s of {', '.join(f'the {owner}' for owner in wanted)}?"
+            values = [dict(told)[owner] for owner in wanted]
+        alone = f"Reply with the numbers alone, {order}separated by commas."
+        questions.append(Asked(question, f"The {attribute}s are {listed(values)}.", ", ".join(values), alone))
+    return Task([one_of(attribute, *pair) for pair in told], questions)
 
 
-def first_or_last(names: Iterator[str], rng: random.Random) -> Task:
+def first_or_last(names: Iterator[str], rng: random.Random, n: int) -> Task:
     wanted, *others = facts(1 + OTHERS, names, rng)
     values = values_of(wanted.about.partition(" of the ")[0], rng.randint(*TIMES), rng)
     hidden = [str(wanted._replace(value=value)) for value in values]
     for fact in others:
         hidden.insert(rng.randint(0, len(hidden)), said(fact, rng))
-    which = rng.choice(["first", "last"])
-    value = values[0 if which == "first" else -1]
-    question = f"The text states the {wanted.about} more than once. What is it where it is stated {which}?"
-    return Task(hidden, question, f"Where it is stated {which}, the {wanted.about} is {value}.", value)
+    questions = []
+    for which in rng.sample(["first", "last"], min(n, 2)):
+        value = values[0 if which == "first" else -1]
+        question = f"The text states the {wanted.about} more than once. What is it where it is stated {which}?"
+        questions.append(Asked(question, f"Where it is stated {which}, the {wanted.about} is {value}.", value))
+    return Task(hidden, questions)
 
 
-def count_events(names: Iterator[str], rng: random.Random) -> Task:
-    people = [next(names) for _ in range(3)]
-    often = [rng.randint(*TIMES) for _ in people]
-    hidden = [f"The {who} signed the book again." for who, n in zip(people, often, strict=True) for _ in range(n)]
+def count_events(names: Iterator[str], rng: random.Random, n: int) -> Task:
+    often = {next(names): rng.randint(*TIMES) for _ in range(3)}
+    hidden = [f"The {who} signed the book again." for who, times in often.items() for _ in range(times)]
     rng.shuffle(hidden)
-    question = f"How many times does the text say that the {people[0]} signed the book?"
-    return Task(hidden, question, f"The text says it {often[0]} times.", str(often[0]))
+    questions = []
+    for who, times in list(often.items())[:n]:
+        question = f"How many times does the text say that the {who} signed the book?"
+        questions.append(Asked(question, f"The text says it {times} times.", str(times)))
+    return Task(hidden, questions)
 
 
-def two_hops(names: Iterator[str], rng: random.Random) -> Task:
+def two_hops(names: Iterator[str], rng: random.Random, n: int) -> Task:
     found = facts(1 + OTHERS, names, rng, mixed=False)  # or a rare attribute would tell the fact without its owner
     friends = [next(names) for _ in found]
     link = rng.choice(["neighbour", "cousin", "employer", "landlord"])
     hidden = [said(fact, rng) for fact in found]
     hidden += [f"The {link} of the {friend} is the {f.owner}." for friend, f in zip(friends, found, strict=True)]
     rng.shuffle(hidden)
-    wanted, attribute = found[0], found[0].about.partition(" of the ")[0]
-    question = f"What is the {attribute} of the {link} of the {friends[0]}?"
-    answer = f"The {link} of the {friends[0]} is the {wanted.owner}, and the {wanted.about} is {wanted.value}."
-    return Task(hidden, question, answer, wanted.value)
+    attribute = found[0].about.partition(" of the ")[0]
+    questions = []
+    for friend, fact in zip(friends[:n], found, strict=False):
+        question = f"What is the {attribute} of the {link} of the {friend}?"
+        answer = f"The {link} of the {friend} is the {fact.owner}, and the {fact.about} is {fact.value}."
+        questions.append(Asked(question, answer, fact.value))
+    return Task(hidden, questions)
 
 
-HIDING: dict[str, Callable[[Iterator[str], random.Random], Task]] = {
+HIDING: dict[str, Callable[[Iterator[str], random.Random, int], Task]] = {
     "fact": one_fact,
     "facts": several_facts,
     "values": all_values,

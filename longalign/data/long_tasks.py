@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from longalign.data.documents import Unreadable, find_documents, read_document
-from longalign.data.long_facts import HIDING, OTHERS, Hidden, Task, facts, owners, said
+from longalign.data.long_facts import HIDING, OTHERS, Asked, Hidden, Task, facts, owners, said
 from longalign.data.synthetic import Split
 from longalign.errors import UserError
 from longalign.files import disk_errors, versions, whole_file, write_json
@@ -73,10 +73,10 @@ def put_in(text: str, sentences: Hidden, rng: random.Random) -> str:
     return "".join([*parts, text[done:]])
 
 
-def with_headings(text: str, names: Iterator[str], rng: random.Random) -> tuple[str, Task | None]:
+def with_headings(text: str, names: Iterator[str], rng: random.Random, n: int) -> tuple[str, Task | None]:
     """No task if the document has numbered sections of its own, or is too short for some."""
-    wanted, *others = facts(1 + OTHERS, names, rng)
-    hidden = [said(fact, rng) for fact in (wanted, *others)]
+    found = facts(1 + OTHERS, names, rng)
+    hidden = [said(fact, rng) for fact in found]
     rng.shuffle(hidden)
     filled = put_in(text, hidden, rng)
     places, sections = borders(filled), rng.randint(*HEADINGS)
@@ -84,27 +84,34 @@ def with_headings(text: str, names: Iterator[str], rng: random.Random) -> tuple[
         return text, None
     cuts = [0, *(places[n * len(places) // sections] for n in range(1, sections)), len(filled)]
     parts = [part for a, b in pairwise(cuts) if (part := filled[a:b].strip())]
-    number = next(n for n, part in enumerate(parts, start=1) if wanted.about in part)
-    text = "\n\n".join(f"Section {n}\n\n{part}" for n, part in enumerate(parts, start=1))
-    question = f"Which section of the text tells the {wanted.about}?"
-    return text, Task([], question, f"Section {number} tells the {wanted.about}.", f"Section {number}")
+    questions = []
+    for fact in found[:n]:
+        number = next(number for number, part in enumerate(parts, start=1) if fact.about in part)
+        question, answer = f"Which section of the text tells the {fact.about}?", f"Section {number}"
+        questions.append(Asked(question, f"{answer} tells the {fact.about}.", answer))
+    text = "\n\n".join(f"Section {number}\n\n{part}" for number, part in enumerate(parts, start=1))
+    return text, Task([], questions)
 
 
-def a_quotation(text: str, rng: random.Random) -> Task | None:
-    """None if the document has no sentence whose first six words are its alone."""
+def quotations(text: str, rng: random.Random, n: int) -> Task | None:
+    """Of sentences whose first six words are theirs alone; None if the document has none."""
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]  # lines are joined
     flat = " ".join(paragraphs)
     found = [sentence for part in paragraphs for sentence in QUOTED.findall(part)]
     rng.shuffle(found)
+    questions: list[Asked] = []
     for sentence in found:
         start = " ".join(sentence.split()[:6])
         if flat.count(start) == 1 and len(sentence.split()) > 9 and not MARKUP.search(sentence):
-            return Task([], f'Quote the sentence of the text that begins with "{start}".', sentence, sentence)
-    return None
+            question = f'Quote the sentence of the text that begins with "{start}".'
+            questions.append(Asked(question, sentence, sentence))
+        if len(questions) == n:
+            break
+    return Task([], questions) if questions else None
 
 
-def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Random) -> dict[str, Any]:
-    """Questions of these kinds about the document, one after the other, and their answers.
+def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Random, n: int = 1) -> dict[str, Any]:
+    """Questions of these kinds about the document, n of each, one after the other, and their answers.
 
     Kinds that it does not allow are left out. Raises Unreadable if it allows none.
     """
@@ -116,30 +123,30 @@ def conversation(text: str, kinds: Sequence[str], split: Split, rng: random.Rand
     for kind in sorted(kinds, key=["quoting", *HIDING, "section"].index):
         task: Task | None
         if kind == "section":
-            text, task = with_headings(text, names, rng)
+            text, task = with_headings(text, names, rng, n)
         elif kind == "quoting":
-            task = a_quotation(text, rng)
+            task = quotations(text, rng, n)
         else:
-            task = HIDING[kind](names, rng)
+            task = HIDING[kind](names, rng, n)
         if task:
             text = put_in(text, task.hidden, rng)
             tasks.append((kind, task))
     flat = " ".join(text.split())
-    tasks = [(kind, task) for kind, task in tasks if kind != "quoting" or task.answer in flat]  # lines may be parted
-    if not tasks:
+    questions = [(kind, asked) for kind, task in tasks for asked in task.asked]
+    questions = [(kind, asked) for kind, asked in questions if kind != "quoting" or asked.answer in flat]  # not parted
+    if not questions:
         raise Unreadable(f"it allows no question of {', '.join(kinds)}")
-    rng.shuffle(tasks)
+    rng.shuffle(questions)
     before = rng.choice(["", *BEFORE])
     messages: list[dict[str, str]] = []
-    for kind, task in tasks:
-        question, answer = task.question, task.answer
+    for kind, (question, answer, short, alone) in questions:
         if kind != "quoting" and rng.random() < 0.5:
-            question, answer = f"{question} {task.alone}", task.short
+            question, answer = f"{question} {alone}", short
         if rng.random() < 0.25:
             question += BEHIND
         asked = question if messages else f"{before}{text}\n\n{question}"
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "kinds": [kind for kind, _ in tasks]}
+    return {"messages": messages, "kinds": [kind for kind, _ in questions]}
 
 
 # -- the source ----------------------------------------------------------------------------------------------
@@ -184,7 +191,7 @@ def prepare(config: Config, source: LongTasks) -> list[str]:
                 first = number + number // len(files)  # a document is not asked the same again
                 wanted = [source.kinds[(first + turn) % len(source.kinds)] for turn in range(source.turns)]
                 try:
-                    sample = conversation(read_document(file), wanted, source.split, rng)
+                    sample = conversation(read_document(file), wanted, source.split, rng, source.questions)
                 except Unreadable as error:
                     left_out[str(file)] = str(error)
                     files.remove(file)

@@ -110,6 +110,19 @@ def test_the_document_alone_gives_the_answer(kind: str) -> None:
         check(*turns_of(conversation(PROSE, [kind], "train", rng)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_questions_about_the_same_facts(kind: str) -> None:
+    rng = random.Random(kind)
+    for _ in range(40):
+        made = conversation(PROSE, [kind], "train", rng, 3)
+        text, questions, answers = turns_of(made)
+        check(text, questions, answers)
+        assert len({re.sub(r" Reply with.*", "", question) for question in questions}) == len(made["kinds"])
+        assert len(made["kinds"]) == (2 if kind == "first_last" else 3)
+        if kind == "numbers":
+            assert sum("Which are all" in question for question in questions) == 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_questions_about_one_document_go_together(shape: str) -> None:
     rng = random.Random(shape)
