@@ -29,7 +29,7 @@ from longalign.schema import Config
 from longalign.train.breakdown import Breakdown
 from longalign.train.engine import build_engine
 from longalign.train.trace import Trace
-from longalign.train.worker import join, leave, out_of_memory_told, over_ranks, train_step
+from longalign.train.worker import end, join, leave, out_of_memory_told, over_ranks, train_step
 
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
@@ -130,4 +130,4 @@ def main(output: str, *numbers: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end(main(*sys.argv[1:]))

@@ -16,7 +16,7 @@ from longalign.errors import UserError
 from longalign.files import write_json
 from longalign.train.engine import build_engine
 from longalign.train.export import export
-from longalign.train.worker import join, leave, train_step
+from longalign.train.worker import end, join, leave, train_step
 from longalign.verify.probe import load
 
 
@@ -40,4 +40,4 @@ def main(config_file: str, probe: str, result: str, folder: str | None = None) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end(main(*sys.argv[1:]))
