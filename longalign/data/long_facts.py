@@ -150,16 +150,16 @@ def one_number(names: Iterator[str], rng: random.Random, n: int) -> Task:
 
 
 def several_numbers(names: Iterator[str], rng: random.Random, n: int) -> Task:
-    """Of several owners in the order asked, and in one of the questions all of one, in the order of the text."""
+    """Of several owners in the order asked, or all of one, in the order of the text."""
     attribute, who = rng.choice(NUMBERS), long_names(names, rng)
-    one, others = next(who), [next(who) for _ in range(max(TIMES[1], few_or_many(rng)))]
-    people = [one] * rng.randint(*TIMES) + others
+    of_one = [next(who) if rng.random() < 0.5 else None for _ in range(n)]  # who has several; None: of several owners
+    others = [next(who) for _ in range(max(TIMES[1], few_or_many(rng)))]
+    people = [owner for owner in of_one if owner for _ in range(rng.randint(*TIMES))] + others
     told = list(zip(people, values_of(attribute, len(people), rng), strict=True))
     rng.shuffle(told)
-    of_one = rng.randrange(max(n, 2))
     questions = []
-    for number in range(n):
-        if number == of_one:
+    for one in of_one:
+        if one:
             question, order = f"Which are all the {attribute}s of the {one}?", ""
             values = [value for owner, value in told if owner == one]
         else:

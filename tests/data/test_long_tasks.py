@@ -112,15 +112,15 @@ def test_the_document_alone_gives_the_answer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_questions_about_the_same_facts(kind: str) -> None:
-    rng = random.Random(kind)
+    rng, of_one = random.Random(kind), 0
     for _ in range(40):
         made = conversation(PROSE, [kind], "train", rng, 3)
         text, questions, answers = turns_of(made)
         check(text, questions, answers)
         assert len({re.sub(r" Reply with.*", "", question) for question in questions}) == len(made["kinds"])
         assert len(made["kinds"]) == (2 if kind == "first_last" else 3)
-        if kind == "numbers":
-            assert sum("Which are all" in question for question in questions) == 1
+        of_one += sum("Which are all" in question for question in questions)
+    assert 30 < of_one < 90 or kind != "numbers"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
