@@ -34,6 +34,8 @@ def main(words: list[str]) -> None:
     number = lambda key, default: int(given.get(key, default))
     layers, width, device = number("layers", 8), number("width", 512), given.get("device", "cpu")
     steps, every = number("steps", 12), number("every", 3)
+    if steps < 2 * every:
+        sys.exit(f"steps={steps} should be at least twice every={every}: the first save is not counted")
     folder = next((word for word in words if "=" not in word), None) or tempfile.mkdtemp()
     heads = max(1, width // 64)
     shape = LlamaConfig(
@@ -67,19 +69,21 @@ def main(words: list[str]) -> None:
         return time.perf_counter() - began
 
     step()
-    alone, beside, stalls, writes = [], [], [], []
+    alone, beside, stalls = [], [], []
     with Saver(config, engine, {}) as saver:
         for n in range(1, steps + 1):
             busy = saver.thread is not None and saver.thread.is_alive()
             seconds = step()
             (beside if busy else alone).append(seconds)
-            if n % every == 0 or n == steps:
+            if n % every == 0:
                 began = time.perf_counter()
                 saver.save(n)
                 stalls.append(time.perf_counter() - began)
-                if n == steps:  # one write with nothing beside it
-                    saver.finish()
-                    writes.append(time.perf_counter() - began - stalls[-1])
+        saver.finish()
+        began = time.perf_counter()
+        saver.save(steps + 1)  # with nothing beside it
+        saver.finish()
+        written = time.perf_counter() - began
     (path,) = checkpoint.complete(Path(folder) / "checkpoints")
     size = sum(file.stat().st_size for file in path.glob("*.bin"))
     began = time.perf_counter()
@@ -95,7 +99,7 @@ def main(words: list[str]) -> None:
     print(f"stall {stall:.3f} s (first {stalls[0]:.3f}, with new memory), {size / stall / 1e9:.1f} GB/s")
     busy_step = statistics.median(beside) if beside else float("nan")
     print(f"step alone {usual:.3f} s, beside a write {busy_step:.3f} s; stall = {stall / usual:.1%} of a step")
-    speeds = {"written": writes[0], "checked": checked, "loaded": loaded}
+    speeds = {"written": written, "checked": checked, "loaded": loaded}
     print(", ".join(f"{what} {size / seconds / 1e9:.2f} GB/s" for what, seconds in speeds.items()))
 
 

@@ -148,7 +148,7 @@ class LongTasks(Strict):
     documents: str
     samples: PositiveInt
     turns: PositiveInt
-    questions: PositiveInt
+    questions: Annotated[int, Field(ge=1, le=10)]  # of which the test split has enough owners
     kinds: Annotated[list[TaskKind], Field(min_length=1)]
     split: Literal["train", "test"]
 

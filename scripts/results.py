@@ -93,7 +93,7 @@ def data_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
 
     for part, samples in ((TRAIN, 200), (TEST, 70)):
         split, documents = part.name, f"source.documents={part}/documents"
-        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=61000")
+        wheels = (f"source.path={part}/wheels/*.whl", "source.per_package=40", "source.max_tokens=59000")
         wheels += ("source.min_tokens=16000",) if part is TRAIN else ()  # long distances are what is to be learned
         yield prepare(f"documents:{split}", part / "documents.json", part / "wheels.done", "packages", *wheels)
         asked = (documents, f"source.samples={samples}", "source.turns=10", f"source.split={split}")  # all kinds

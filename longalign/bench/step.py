@@ -27,7 +27,7 @@ from longalign.files import write_json
 from longalign.model.load import load_config, resolve_device
 from longalign.preflight import settle_offload
 from longalign.train.engine import build_engine
-from longalign.train.worker import join, leave, train_step
+from longalign.train.worker import end, join, leave, train_step
 
 WARM_UP = 1  # step: the optimizer makes its states, and activations are chosen
 
@@ -81,3 +81,4 @@ def main(config_file: str, pack: str, backend: str, policy: str, result: str) ->
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end(0)

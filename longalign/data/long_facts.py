@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, OBJECTS, THINGS, Split, split_of
 
 WORDS = ("password", "nickname", "motto", "signal", "symbol", "secret", "favourite thing", "hiding place")
 NUMBERS = ("access code", "ticket number", "serial number", "secret number", "lucky number", "phone number")
 FORMS = ("The {about} is {value}.", "{value} is the {about}.", "Note that the {about} is {value}.")
-OTHERS = 4  # facts in a document that no question asks for, at least
+OTHERS = 4  # facts beside the one asked for, at least
 MANY = 56  # at most, where few and many take turns: the owners of all kinds differ, and the test split has 271
 TIMES = (2, 5)  # that a fact or an event is stated
 
@@ -101,13 +101,22 @@ def one_fact(names: Iterator[str], rng: random.Random, n: int) -> Task:
     return Task(hidden, questions)
 
 
+def drawn(items: list[Any], sizes: list[int], rng: random.Random) -> Iterator[list[Any]]:
+    """So many items for every size; none again while others are left: an earlier answer would tell it."""
+    left: list[Any] = []
+    for size in sizes:
+        if len(left) < size:
+            left = rng.sample(items, len(items))
+        yield left[:size]
+        left = left[size:]
+
+
 def several_facts(names: Iterator[str], rng: random.Random, n: int) -> Task:
     found = facts(4 + few_or_many(rng), names, rng)
     hidden = [said(fact, rng) for fact in found]
     rng.shuffle(hidden)
     questions = []
-    for _ in range(n):
-        wanted = rng.sample(found, rng.randint(2, 4))
+    for wanted in drawn(found, [rng.randint(2, 4) for _ in range(n)], rng):
         question = f"What are {listed([f'the {fact.about}' for fact in wanted])}?"
         questions.append(Asked(question, " ".join(map(str, wanted)), ", ".join(fact.value for fact in wanted)))
     return Task(hidden, questions)
@@ -153,17 +162,18 @@ def several_numbers(names: Iterator[str], rng: random.Random, n: int) -> Task:
     """Of several owners in the order asked, or all of one, in the order of the text."""
     attribute, who = rng.choice(NUMBERS), long_names(names, rng)
     of_one = [next(who) if rng.random() < 0.5 else None for _ in range(n)]  # who has several; None: of several owners
-    others = [next(who) for _ in range(max(TIMES[1], few_or_many(rng)))]
+    others = [next(who) for _ in range(max(TIMES[1] + OTHERS, few_or_many(rng)))]
     people = [owner for owner in of_one if owner for _ in range(rng.randint(*TIMES))] + others
     told = list(zip(people, values_of(attribute, len(people), rng), strict=True))
     rng.shuffle(told)
+    several = drawn(others, [rng.randint(*TIMES) for one in of_one if not one], rng)
     questions = []
     for one in of_one:
         if one:
             question, order = f"Which are all the {attribute}s of the {one}?", ""
             values = [value for owner, value in told if owner == one]
         else:
-            wanted, order = rng.sample(others, rng.randint(*TIMES)), "in that order, "
+            wanted, order = next(several), "in that order, "
             question = f"Which are the {attribute}s of {', '.join(f'the {owner}' for owner in wanted)}?"
             values = [dict(told)[owner] for owner in wanted]
         alone = f"Reply with the numbers alone, {order}separated by commas."

@@ -5,6 +5,7 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the environm
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -259,15 +260,21 @@ def leave() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process; at once if all went well, for then all is closed.
+    """End this process as sys.exit does, but without taking Python itself down.
 
-    In Python's own end a thread of gloo that still frees a tensor aborts the process (pytorch/pytorch#179291).
+    There a thread of gloo that asks for Python's lock aborts the process (pytorch/pytorch#190489).
     """
-    if code:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    atexit._run_exitfuncs()  # such as wandb's
+    for stream in (
+        sys.__stdout__,
+        sys.__stderr__,
+        sys.stdout,
+        sys.stderr,
+    ):  # and what outlive_readers put there
+        with contextlib.suppress(OSError, ValueError):
+            if stream:
+                stream.flush()
+    os._exit(code)
 
 
 def main(paths: list[str]) -> int:

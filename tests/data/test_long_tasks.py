@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longalign.data.long_facts import MANY, OTHERS, owners
+from longalign.data.long_facts import MANY, OTHERS, drawn, owners
 from longalign.data.long_tasks import BEFORE, conversation
 from longalign.data.synthetic import ADJECTIVES, MATERIALS, NOUNS, THINGS, Split, split_of
 from longalign.evaluate.tasks.retrieval import KEYS
+from longalign.schema import LongTasks
 from tests.conftest import in_process
 
 KINDS = ["fact", "facts", "values", "number", "numbers", "section", "first_last", "counting", "quoting", "multi_hop"]
@@ -123,6 +125,13 @@ def test_several_questions_about_the_same_facts(kind: str) -> None:
     assert 30 < of_one < 90 or kind != "numbers"
 
 
+def test_nothing_is_asked_again_while_others_are_left() -> None:
+    rng = random.Random(0)
+    first, second, third, fourth = drawn(list(range(10)), [3, 4, 3, 2], rng)
+    assert sorted(first + second + third) == list(range(10))
+    assert len(set(fourth)) == 2
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_questions_about_one_document_go_together(shape: str) -> None:
     rng = random.Random(shape)
@@ -185,9 +194,14 @@ def test_no_owner_of_a_number_is_a_key_of_the_retrieval_evaluation() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_there_are_owners_for_all_kinds_at_once(split: Split) -> None:
-    """fact, facts, number and numbers take MANY others each; the rest of all kinds' needs are small numbers."""
+    """fact, facts, number and numbers take MANY others each; the rest of all kinds' needs are small numbers.
+
+    With as many questions about each as there may be.
+    """
+    (bounds,) = (meta for meta in LongTasks.model_fields["questions"].metadata if hasattr(meta, "le"))
     there_are = sum(split_of(f"{adjective} {noun}") == split for adjective in ADJECTIVES for noun in NOUNS)
-    few = 1 + 4 + 1 + 5 + (1 + OTHERS) * 3 + 3 + 2 * (1 + OTHERS)  # wanted; values, section, first_last; counting; hops
+    wanted = 1 + 4 + 1 + bounds.le  # of fact, facts, number; in numbers, those who have several
+    few = wanted + (1 + OTHERS) * 3 + 3 + 2 * (1 + OTHERS)  # values, section, first_last; counting; multi_hop
     assert 4 * MANY + few <= there_are
 
 
@@ -202,12 +216,13 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for n in range(3):
         (tmp_path / "docs" / f"{n}.txt").write_text(PROSE.replace("harbour", f"port {n}"))
-    words = ["source=long_tasks", "source.documents=docs", "source.samples=7", "output_dir=out"]
+    words = ["source=long_tasks", "source.documents=docs", "source.samples=7", "source.questions=2", "output_dir=out"]
     done = in_process("prepare", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/long.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["id"] for row in rows}) == 7
     assert {kind for row in rows for kind in row["kinds"]} == set(KINDS)
+    assert all(set(Counter(row["kinds"]).values()) == {2} and len(row["messages"]) == 16 for row in rows)
     again = in_process("prepare", *words, cwd=tmp_path)
     assert again.returncode == 2
     assert "exists already; overwrite=true replaces it" in again.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,32 @@ def test_writes_to_a_full_disk_raise_nothing() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", SAY], input="\n", stdout=full, stderr=full, text=True, timeout=60)
     assert done.returncode == 7
+
+
+END = """
+import atexit, os, sys, threading
+print("said at first, ", end="")
+atexit.register(lambda: print("said at exit"))
+from longalign.streams import outlive_readers
+from longalign.train.worker import end
+outlive_readers()
+class Late:
+    def __del__(self):
+        os.write(2, b"taken down")
+late = Late()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+end(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("closed", ["", ">&- 2>&-"])
+def test_a_rank_ends_with_all_said_and_its_code(code: int, closed: str) -> None:
+    """What was written and what is registered for the end still happens, but Python is not taken down."""
+    words = ["sh", "-c", f'"$0" -c "$1" {code} {closed}', sys.executable, END]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == code
+    assert done.stdout == ("" if closed else "said at first, said at exit\n")
+    assert "taken down" not in done.stderr
