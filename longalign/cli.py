@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longalign.errors import UserError
-from longalign.streams import outlive_readers
+from longalign.streams import end_at_once, outlive_readers
 
 app = typer.Typer(
     name="longalign",
@@ -128,7 +128,12 @@ _command(
 
 def main() -> None:
     outlive_readers()
-    app()
+    try:
+        app()
+    except SystemExit as ending:
+        if ending.code == 130:  # worker processes, which Python's own end would wait for, end when this one has
+            end_at_once(130)
+        raise
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Unfailing(io.FileIO):
@@ -28,3 +29,12 @@ def outlive_readers() -> None:
             raw = io.BufferedWriter(Unfailing(old.fileno(), "w", closefd=False))
             made = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=True)
             setattr(sys, name, made)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process with all written that was said, but without Python's own end, which waits for threads."""
+    for stream in (sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr):  # and what outlive_readers put there
+        with contextlib.suppress(OSError, ValueError):
+            if stream:
+                stream.flush()
+    os._exit(code)

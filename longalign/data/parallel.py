@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,9 +40,12 @@ def start_server() -> None:
     """
     context.set_forkserver_preload(["longalign.data.shards"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits, and hands on
+    quiet = "ignore:resource_tracker"  # it frees a pool's semaphores after Ctrl-C, and would warn of them
+    sys.warnoptions.append(quiet)
     try:
         forkserver.ensure_running()
     finally:
+        sys.warnoptions.remove(quiet)
         signal.signal(signal.SIGINT, before)
 
 
@@ -84,24 +88,28 @@ def in_order(
         yield from map(make(*arguments), tasks)
         return
     start_server()
-    with ProcessPoolExecutor(processes, context, _start_worker, (make, arguments)) as pool:
-        waiting: deque[tuple[str, Future[Done]]] = deque()
-        try:
-            for task in tasks:
-                waiting.append((name(task), pool.submit(_do, task)))
-                if len(waiting) > 2 * processes:
-                    yield waiting[0][1].result()
-                    waiting.popleft()
-            while waiting:
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (make, arguments))
+    waiting: deque[tuple[str, Future[Done]]] = deque()
+    wait = True
+    try:
+        for task in tasks:
+            waiting.append((name(task), pool.submit(_do, task)))
+            if len(waiting) > 2 * processes:
                 yield waiting[0][1].result()
                 waiting.popleft()
-        except BrokenProcessPool as error:
-            lost = [called for called, future in waiting if not future.done() or future.exception()][:processes]
-            raise RuntimeError(
-                f"a worker process died (out of memory?) at work on {' or '.join(lost)}; try a smaller num_proc"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool as error:
+        lost = [called for called, future in waiting if not future.done() or future.exception()][:processes]
+        raise RuntimeError(
+            f"a worker process died (out of memory?) at work on {' or '.join(lost)}; try a smaller num_proc"
+        ) from error
+    except (KeyboardInterrupt, GeneratorExit):  # here, or in whoever wants the results
+        wait = False  # Ctrl-C ends this process (cli.main), and the workers with it
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)
 
 
 # -- record by record ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from longalign.forecast.fit import advice
 from longalign.model.activations import Activations
 from longalign.progress import Bar
 from longalign.schema import Config
-from longalign.streams import outlive_readers
+from longalign.streams import end_at_once, outlive_readers
 from longalign.train import checkpoint
 from longalign.train.bad_steps import BadSteps, TooManyBadSteps, poisoned
 from longalign.train.breakdown import Breakdown
@@ -265,16 +265,7 @@ def end(code: int) -> NoReturn:
     There a thread of gloo that asks for Python's lock aborts the process (pytorch/pytorch#190489).
     """
     atexit._run_exitfuncs()  # such as wandb's
-    for stream in (
-        sys.__stdout__,
-        sys.__stderr__,
-        sys.stdout,
-        sys.stderr,
-    ):  # and what outlive_readers put there
-        with contextlib.suppress(OSError, ValueError):
-            if stream:
-                stream.flush()
-    os._exit(code)
+    end_at_once(code)
 
 
 def main(paths: list[str]) -> int:
