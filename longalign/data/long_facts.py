@@ -166,6 +166,7 @@ def several_numbers(names: Iterator[str], rng: random.Random, n: int) -> Task:
     people = [owner for owner in of_one if owner for _ in range(rng.randint(*TIMES))] + others
     told = list(zip(people, values_of(attribute, len(people), rng), strict=True))
     rng.shuffle(told)
+    number_of = dict(told)
     several = drawn(others, [rng.randint(*TIMES) for one in of_one if not one], rng)
     questions = []
     for one in of_one:
@@ -175,7 +176,7 @@ def several_numbers(names: Iterator[str], rng: random.Random, n: int) -> Task:
         else:
             wanted, order = next(several), "in that order, "
             question = f"Which are the {attribute}s of {', '.join(f'the {owner}' for owner in wanted)}?"
-            values = [dict(told)[owner] for owner in wanted]
+            values = [number_of[owner] for owner in wanted]
         alone = f"Reply with the numbers alone, {order}separated by commas."
         questions.append(Asked(question, f"The {attribute}s are {listed(values)}.", ", ".join(values), alone))
     return Task([one_of(attribute, *pair) for pair in told], questions)

@@ -227,6 +227,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "exists already; overwrite=true replaces it" in again.stderr
     assert "no such folder" in in_process("prepare", *words[:1], "source.documents=nowhere", cwd=tmp_path).stderr
+    many = in_process("prepare", *words, "source.questions=11", cwd=tmp_path)
+    assert many.returncode == 2
+    assert "source.questions=11" in many.stderr
 
 
 def test_what_is_not_asked_is_said(tmp_path: Path) -> None:
