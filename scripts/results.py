@@ -5,7 +5,7 @@
     tokens   tokenised: base (text), none | half | full (of the long instructions), heldout (the test instructions)
     train    base: 8k -> 64k; then every row of the tables, SUITE/STRATEGY/SEED
     eval     every row, base and the untouched model
-    last     verify, bench and a chat about a long document, of the first row
+    last     verify, bench and a chat about a long document, of the recipe's own row
 
 A stage that is finished is skipped, one that was killed goes on where it can, and one that fails ends only what needs
 it. `--gpus 4` runs as many stages at a time, and four evaluations on a GPU. Figures land in docs/results/*.json, from
@@ -38,7 +38,7 @@ SUITES = {"none": 0, "half": 100, "full": 200}  # long instructions; the paper: 
 STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
-SHOWN = RUNS / "full/packing+weighting/1"  # the run that verify, bench and chat are shown with
+SHOWN = RUNS / "full/balanced/1"  # the run that verify, bench and chat are shown with
 
 
 class Longalign:
@@ -77,7 +77,7 @@ def model_stages(longalign: Longalign) -> Iterator[Stage]:
 
 def wheel_stages() -> Iterator[Stage]:
     for part in (TRAIN, TEST):
-        to = ["--dest", f"{part}/wheels", "--requirement", str(ROOT / f"conf/packages/{part.name}.txt")]
+        to = ["--dest", f"{part}/wheels", "--requirement", f"conf/packages/{part.name}.txt"]
         mark = part / "wheels.done"  # pip fetches one by one
         download = shlex.join([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *to])
         command = ["sh", "-c", f"{download} && touch {mark}"]
@@ -163,27 +163,25 @@ def evaluation(longalign: Longalign, run: Path, model: Path | None = None) -> St
 
 def last_stages(longalign: Longalign, chat_tokens: int) -> Iterator[Stage]:
     model, needs = f"model.path={SHOWN}/model", (SHOWN / "model/config.json",)
-    # Few enough tokens for float32 attention with grouped queries, which holds all scores of a document at once.
-    verify = longalign("verify", RECIPE, model, "verify.tokens=16384", f"output_dir={SHOWN}/verify")
+    verify = longalign("verify", RECIPE, model, f"output_dir={SHOWN}/verify")
     yield Stage("verify", SHOWN / "verify/verify.json", lambda: verify, SHOWN, (*needs, PLAN))
-    asked = (*needs, TEST / "long.jsonl")
-    yield Stage(
-        "chat", SHOWN / "chat.txt", lambda: chat(longalign, chat_tokens), SHOWN, asked, SHOWN / "chat.txt", parts=1
-    )
+    asked, questions = (*needs, TEST / "long.jsonl"), SHOWN / "questions.txt"
+    talk = lambda: chat(longalign, chat_tokens, questions)
+    yield Stage("chat", SHOWN / "chat.jsonl", talk, SHOWN, asked, input=questions, parts=1)
     bench = longalign("bench", RECIPE, model, f"output_dir={SHOWN}/bench")
     yield Stage("bench", SHOWN / "bench/bench.json", lambda: bench, SHOWN, needs)
 
 
-def chat(longalign: Longalign, tokens: int) -> Words:
-    """A question about the held-out document that is nearest to so many tokens, four characters each."""
+def chat(longalign: Longalign, tokens: int, questions: Path) -> Words:
+    """All questions about the held-out document that is nearest to so many tokens, four characters each."""
     rows = [json.loads(line) for line in (TEST / "long.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = lambda row: row["messages"][0]["content"]
-    rows = [row for row in rows if not asked(row).endswith("Answer:")]
-    row = min(rows, key=lambda row: abs(len(asked(row)) - 4 * tokens))
-    document, question = asked(row).rsplit("\n\n", 1)
+    row = min(rows, key=lambda row: abs(len(row["messages"][0]["content"]) - 4 * tokens))
+    texts = [message["content"].removesuffix("\n\nAnswer:") for message in row["messages"]]
+    document, texts[0] = texts[0].rsplit("\n\n", 1)
     (SHOWN / "document.txt").write_text(document, encoding="utf-8")
-    (SHOWN / "expected.txt").write_text(row["messages"][1]["content"], encoding="utf-8")
-    return longalign("chat", RECIPE, f"model.path={SHOWN}/model", f"file={SHOWN}/document.txt", f"prompt={question}")
+    (SHOWN / "expected.json").write_text(json.dumps(texts[1::2]), encoding="utf-8")
+    questions.write_text("\n".join([*texts[::2], f"/save {SHOWN}/chat.jsonl", ""]), encoding="utf-8")
+    return longalign("chat", RECIPE, f"model.path={SHOWN}/model", f"file={SHOWN}/document.txt")
 
 
 def two_gpu_stage(longalign: Longalign, model: Path) -> Stage:

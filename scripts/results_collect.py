@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+
+from longalign.data.plan import Plan, read_data
 
 COLUMNS = ("step", "loss", "loss_sequence", "loss_token", "lr", "grad_norm", "tokens", "targets", "sequences", "step_s")
 SETTINGS = ("seed", "max_length", "epochs", "max_steps", "lr", "lr_final", "warmup_ratio", "weight_decay", "strategy")
@@ -22,6 +25,11 @@ def read(path: Path) -> Any:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    """Of a stage that was run again the last time."""
+    return list({row["stage"]: row for row in rows_of(folder / "stages.jsonl")}.values())
 
 
 def machine() -> str:
@@ -50,6 +58,21 @@ def short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) and abs(value) < 1e6 else value
 
 
+def weight_of_long(run: Path, data_dir: str, average: str) -> float:
+    """The share of a step's loss that its long samples have, the mean over steps."""
+    dataset, data = read_data(data_dir)
+    plan, n_target = Plan(run / "plan", data), np.array(dataset["n_target"])
+    is_long, shares = np.array(dataset["source"]) == "long", []
+    for step in range(1, plan.n_steps + 1):
+        long = total = 0.0
+        for pack in plan.step(step):
+            targets = n_target[pack.sample_ids]
+            of = {"sequence": np.ones(len(targets)), "token": targets, "pack": targets / targets.sum()}[average]
+            long, total = long + of[is_long[pack.sample_ids]].sum(), total + of.sum()
+        shares.append(long / total)
+    return float(np.mean(shares))
+
+
 def training(run: Path) -> dict[str, Any]:
     """settings, plan and the columns of metrics.jsonl."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -65,6 +88,7 @@ def training(run: Path) -> dict[str, Any]:
         "settings": settings,
         "plan": {key: plan[key] for key in ("steps", "packs")},
         "fill_ratio": plan["epochs"][0]["fill_ratio"],
+        "weight_of_long": weight_of_long(run, config["data_dir"], config["strategy"]["average"]),
         "peak_mem_gb": max((row["peak_mem_gb"] for row in rows), default=None),
         "metrics": columns,
     }
@@ -72,7 +96,7 @@ def training(run: Path) -> dict[str, Any]:
 
 def record(run: Path) -> dict[str, Any]:
     """All that is finished of a run."""
-    found: dict[str, Any] = {"stages": rows_of(run / "stages.jsonl")}
+    found: dict[str, Any] = {"stages": stages_of(run)}
     if (run / "model/config.json").is_file():
         found["train"] = training(run)
     if (run / "eval/results.json").is_file():
@@ -81,9 +105,16 @@ def record(run: Path) -> dict[str, Any]:
         found["verify"] = read(run / "verify/verify.json")
     if (run / "bench/bench.json").is_file():
         found["bench"] = read(run / "bench/bench.json")
-    if (run / "chat.txt").is_file():
-        answer, expected = ((run / name).read_text(encoding="utf-8") for name in ("chat.txt", "expected.txt"))
-        found["chat"] = {"answer": answer.strip(), "expected": expected}
+    if (run / "chat.jsonl").is_file():
+        document = (run / "document.txt").read_text(encoding="utf-8")
+        said = [
+            message["content"].removeprefix(document).strip() for message in rows_of(run / "chat.jsonl")[0]["messages"]
+        ]
+        expected = read(run / "expected.json")
+        keys = ("question", "answer", "expected")
+        found["chat"] = [
+            dict(zip(keys, turn, strict=True)) for turn in zip(said[::2], said[1::2], expected, strict=True)
+        ]
     return found
 
 
@@ -109,8 +140,8 @@ def collect(runs: Path, data: Path, output: Path) -> None:
         held = data / "tokens/heldout/eval/manifest.json"
         tables |= {"heldout": {key: read(held)[key] for key in told}} if held.is_file() else {}
         packages = {file.parent.name: packages_of(read(file)["documents"]) for file in data.glob("*/documents.json")}
-        found["data"] = {"stages": rows_of(data / "stages.jsonl"), "tables": tables, "packages": packages}
+        found["data"] = {"stages": stages_of(data), "tables": tables, "packages": packages}
     output.mkdir(parents=True, exist_ok=True)
     for name, value in found.items():
-        text = json.dumps(short(value), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(short(value), ensure_ascii=False, separators=(",", ":")).replace(f"{Path.cwd()}/", "")
         (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")

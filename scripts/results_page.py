@@ -19,8 +19,8 @@ Record = dict[str, Any]
 Value = Callable[[Record], float | None]
 ABSENT = "not measured"
 WARM_UP = 4  # steps
-MAIN = "full/packing+weighting"
-SUITES = {"0k": "none/packing+weighting", "half": "half/packing+weighting", "full": MAIN}
+SHOWN = "full/balanced/1"  # what the recipe makes
+SUITES = {"0k": "none/packing+weighting", "half": "half/packing+weighting", "full": "full/packing+weighting"}
 STRATEGIES = ("naive", "sorted", "packing", "packing+weighting", "balanced")
 
 
@@ -93,6 +93,7 @@ def columns(records: dict[str, Record]) -> dict[str, tuple[Value, str]]:
         "short loss": (at(*tasks, "heldout", "by_source", "short", "loss"), ".4f"),
         "short loss against untouched": (against(records.get("untouched")), "+.1%"),
         "steps": (steps, ",.0f"),
+        "weight of long samples": (at("train", "weight_of_long"), ".0%"),
         "minutes": (minutes, ".1f"),
         "tokens/s": (speed, ",.0f"),
         "peak GB": (at("train", "peak_mem_gb"), ".1f"),
@@ -111,11 +112,11 @@ def seeds(records: dict[str, Record], row: str) -> list[Record]:
 
 
 def cell(found: list[float], form: str) -> str:
-    """The mean, and the range of several seeds."""
+    """The mean, and the range of several seeds if they differ."""
     if not found:
         return ABSENT
-    told = format(mean(found), form)
-    return told if len(found) == 1 else f"{told} ({min(found):{form}} to {max(found):{form}})"
+    told, least, most = (format(of(found), form) for of in (mean, min, max))
+    return told if least == most else f"{told} ({least} to {most})"
 
 
 def comparison(records: dict[str, Record], rows: dict[str, str], plain: dict[str, str]) -> str:
@@ -204,7 +205,10 @@ def transcript(record: Record) -> str:
     if not talk:
         return ABSENT
     command = next(stage["command"] for stage in record["stages"] if stage["stage"] == "chat")
-    return f"    $ {command}\n    {talk['answer']}\n\nThe document says: {talk['expected']}"
+    right = sum(turn["answer"] == turn["expected"] for turn in talk)
+    rows = [[turn[key].replace("|", "\\|").replace("\n", " ") for key in turn] for turn in talk]
+    table = markdown(["question", "answer", "as the text has it"], rows)
+    return f"    $ {command}\n\n{table}\n\nWord for word right: {right} of {len(talk)}."
 
 
 def made_by(records: dict[str, Record]) -> str:
@@ -233,7 +237,7 @@ def data(record: Record) -> str:
 
 def needles(records: dict[str, Record], images: Path) -> str:
     links = []
-    shown = {"untouched": "untouched", "continued": "base", "aligned": f"{MAIN}/1"}
+    shown = {"untouched": "untouched", "continued": "base", "aligned": SHOWN}
     for label, name in shown.items():
         summary = at("eval", "tasks", "needle")(records.get(name))
         if summary:
@@ -277,7 +281,7 @@ def write(folder: Path, page: Path, words: Path) -> None:
     """Fill the marked places of `words`, and write it to `page`, its pictures beside it."""
     records, images = load(folder), page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    main = records.get(f"{MAIN}/1", {})
+    shown = records.get(SHOWN, {})
     plain = {"untouched": "untouched", "continued training alone": "base"}
     strategies = {strategy: f"full/{strategy}" for strategy in STRATEGIES}
     every = {**plain, **{f"{suite} long": row for suite, row in SUITES.items() if suite != "full"}, **strategies}
@@ -288,13 +292,13 @@ def write(folder: Path, page: Path, words: Path) -> None:
         "needle-by-length": by_group(records, every, "needle", "by_length"),
         "retrieval-by-length": by_group(records, every, "retrieval", "by_length"),
         "retrieval-by-kind": by_group(records, every, "retrieval", "by_kind"),
-        "retrieval-kinds-by-length": kinds_by_length(records, MAIN),
+        "retrieval-kinds-by-length": kinds_by_length(records, "full/balanced"),
         "needles": needles(records, images),
         "curves": curves(records, images),
         "two-gpus": two_gpus(records),
-        "bench": bench(main),
-        "verify": verified(main),
-        "chat": transcript(main),
+        "bench": bench(shown),
+        "verify": verified(shown),
+        "chat": transcript(shown),
         "commands": made_by(records),
     }
 

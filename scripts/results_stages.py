@@ -30,7 +30,8 @@ class Stage:
     command: Callable[[], Words]  # made when the stage begins: some depend on what earlier stages wrote
     record: Path  # the folder that keeps the command, its seconds and the machine
     needs: tuple[Path, ...] = ()  # exist before it can begin
-    output: Path | None = None  # what the command prints
+    input: Path | None = None  # what the command reads
+    output: Path | None = None  # what it prints
     gpus: int = 1
     parts: int = PARTS  # of each GPU that it takes; one that is timed takes all
 
@@ -42,22 +43,22 @@ class Running:
         self.stage, self.gpus, self.log = stage, gpus, None
         words = stage.command()
         shown = shlex.join(["longalign", *words[3:]] if words[:3] == CLI else words)
-        self.shown = shown.replace(sys.executable, "python")
+        self.shown = shown.replace(sys.executable, "python") + (f" < {stage.input}" if stage.input else "")
         print(f"\n[{stage.name}]\n$ {self.shown}", flush=True)
         stage.record.mkdir(parents=True, exist_ok=True)
         if logs:
             logs.mkdir(parents=True, exist_ok=True)
             self.log = logs / f"{stage.name.replace(':', '-').replace('/', '-')}.log"
         self.partial = stage.output and stage.output.with_name(stage.output.name + ".partial")
+        read = open(stage.input, "rb") if stage.input else None
         said = open(self.log, "wb") if self.log else None
         output = open(self.partial, "wb") if self.partial else said
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if logs else {}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            words, stdout=output, stderr=said, env={**os.environ, **seen, "PYTHONPATH": path}
-        )
-        for file in filter(None, {output, said}):
+        env = {**os.environ, **seen, "PYTHONPATH": path}
+        self.process = subprocess.Popen(words, stdin=read, stdout=output, stderr=said, env=env)
+        for file in filter(None, {read, output, said}):
             file.close()
 
     def finish(self) -> None:

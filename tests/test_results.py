@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,15 @@ def stage(folder: Path, code: str, name: str = "a", **more: Any) -> results_stag
 
 
 DONE = "import os,sys,time; open(sys.argv[1] + '.done', 'w').close(); "
+
+
+def test_what_a_stage_reads_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = tmp_path / "asked"
+    asked.write_text("who?")
+    echo = stage(tmp_path, DONE + "print(sys.stdin.read())", input=asked, output=tmp_path / "out")
+    assert results_stages.run_all([echo], tmp_path / "logs") == 0
+    assert (tmp_path / "out").read_text() == "who?\n"
+    assert f" < {asked}\n" in capfd.readouterr().out
 
 
 def test_a_stage_is_noted_and_its_output_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +165,8 @@ def test_figures_of_a_comparison(records: dict[str, Any]) -> None:
     assert packing["needle"] == "0.80 (0.70 to 0.90)"
     assert packing["needle, longest"] == "0.80 (0.70 to 0.90)"
     assert packing["short loss against untouched"] == "+2.0% (+1.0% to +3.0%)"
-    assert packing["minutes"] == "2.0 (2.0 to 2.0)"
-    assert packing["tokens/s"] == "50 (50 to 50)"  # 1000 tokens in 20 s after four steps
+    assert packing["minutes"] == "2.0"
+    assert packing["tokens/s"] == "50"  # 1000 tokens in 20 s after four steps
     assert packing["retrieval"] == "not measured"
     assert table["untouched"]["long loss"] == "4.000"
     assert table["untouched"]["minutes"] == ""
@@ -171,7 +181,7 @@ def test_kinds_by_length(records: dict[str, Any]) -> None:
         grid = {"4096": {"multi_key": 0.0}, "65000": {"multi_key": score}}
         records[f"full/packing/{seed}"]["eval"]["tasks"]["retrieval"] = {"grid": grid}
     table = cells(results_page.kinds_by_length(records, "full/packing"))
-    assert table == {"multi key": {"": "multi key", "4,096": "0.00 (0.00 to 0.00)", "65,000": "0.75 (0.50 to 1.00)"}}
+    assert table == {"multi key": {"": "multi key", "4,096": "0.00", "65,000": "0.75 (0.50 to 1.00)"}}
     assert results_page.kinds_by_length(records, "full/naive") == "not measured"
 
 
@@ -180,7 +190,7 @@ def test_two_gpus(records: dict[str, Any]) -> None:
     failed = {"settings": {"name": "naive"}, "failed": "out of memory"}
     records["2gpu"] = {"stages": [], "bench": {"rows": [row, failed]}}
     table = cells(results_page.two_gpus(records))
-    assert list(table["packing"].values()) == ["packing", "50 (50 to 50)", "42", "12.5%"]
+    assert list(table["packing"].values()) == ["packing", "50", "42", "12.5%"]
     assert list(table["naive"].values())[2:] == ["not measured", "not measured"]
 
 
@@ -252,6 +262,59 @@ def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeyp
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
     assert [stage.done.exists() for stage in stages()] == [True] * 5
+
+
+def test_a_chat_asks_all_that_a_document_is_asked_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the questions are, how the transcript is kept and what the page makes of it."""
+    monkeypatch.chdir(tmp_path)
+    results.TEST.mkdir(parents=True)
+    results.SHOWN.mkdir(parents=True)
+    document = "a line\n\na paragraph"
+    talk = [
+        ("user", f"{document}\n\nWho?\n\nAnswer:"),
+        ("assistant", "the cat"),
+        ("user", "When?"),
+        ("assistant", "1 | 2"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in talk]}
+    longer = {"messages": [{"role": "user", "content": "x" * 500}]}
+    (results.TEST / "long.jsonl").write_text(json.dumps(longer) + "\n" + json.dumps(row) + "\n")
+    (chat,) = (stage for stage in results.last_stages(results.Longalign({}), 5) if stage.name == "chat")
+    assert f"file={results.SHOWN}/document.txt" in chat.command()
+    assert (results.SHOWN / "document.txt").read_text() == document
+    assert chat.input
+    assert chat.input.read_text() == f"Who?\nWhen?\n/save {chat.done}\n"
+    said = [{"role": "user", "content": f"{document}\n\nWho?"}, {"role": "assistant", "content": " the cat\n"}]
+    said += [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "1 | 3"}]
+    chat.done.write_text(json.dumps({"messages": said}) + "\n")
+    results_collect.note(results.SHOWN, "chat", "longalign chat", 1, "CPU")
+    record = results_collect.record(results.SHOWN)
+    assert record["chat"] == [
+        {"question": "Who?", "answer": "the cat", "expected": "the cat"},
+        {"question": "When?", "answer": "1 | 3", "expected": "1 | 2"},
+    ]
+    told = results_page.transcript(record)
+    assert "| When? | 1 \\| 3 | 1 \\| 2 |" in told
+    assert told.endswith("Word for word right: 1 of 2.")
+
+
+def test_a_stage_run_again_stands_once(tmp_path: Path) -> None:
+    for seconds in (1, 2):
+        results_collect.note(tmp_path, "model", "convert", seconds, "CPU")
+    results_collect.note(tmp_path, "text", "prepare", 3, "CPU")
+    assert [row["seconds"] for row in results_collect.stages_of(tmp_path)] == [2, 3]
+
+
+@pytest.mark.parametrize(("average", "share"), [("sequence", 1 / 3), ("token", 0.4), ("pack", 0.25)])
+def test_the_weight_of_long_samples(
+    average: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of two packs, [long of 20 targets, short of 20] and [short of 10]; by hand, Eq. 2 and 3 of the paper."""
+    columns = {"n_target": [20, 20, 10], "source": ["long", "short", "short"]}
+    packs = [SimpleNamespace(sample_ids=[0, 1]), SimpleNamespace(sample_ids=[2])]
+    monkeypatch.setattr(results_collect, "read_data", lambda _: (columns, {}))
+    monkeypatch.setattr(results_collect, "Plan", lambda *_: SimpleNamespace(n_steps=1, step=lambda _: packs))
+    assert results_collect.weight_of_long(tmp_path, "data", average) == pytest.approx(share)
 
 
 def test_numbers_are_shortened() -> None:

@@ -17,6 +17,7 @@ from longalign.files import write_json
 from longalign.train.engine import build_engine
 from longalign.train.export import export
 from longalign.train.worker import end, join, leave, train_step
+from longalign.verify.model import LOSSES
 from longalign.verify.probe import load
 
 
@@ -33,7 +34,7 @@ def main(config_file: str, probe: str, result: str, folder: str | None = None) -
     shares = train_step(engine, *load(Path(probe)), config).double()
     dist.all_reduce(shares)
     if dist.get_rank() == 0:
-        losses = dict(zip((config.strategy.average, "sequence", "token"), shares.tolist(), strict=True))
+        losses = dict(zip(LOSSES, shares.tolist(), strict=True))
         write_json(Path(result), {"losses": losses, "grad_norm": float(engine.get_global_grad_norm())})
     leave()
     return 0

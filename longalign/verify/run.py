@@ -94,6 +94,9 @@ def run_checks(config: Config, data: dict[str, Any], scratch: Path) -> list[Chec
     except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
         said = str(error).strip().partition("\n")[0] or repr(error)
         advice = "the model cannot be trained like this; the checks after this one did not run"
+        if isinstance(error, torch.OutOfMemoryError):
+            tokens = probe_tokens(config)
+            advice = f"out of memory with {tokens:,} tokens: try verify.tokens={tokens // 2}; the rest did not run"
         checks.append(Check("model: runs", False, detail=said, advice=advice))
     return checks
 
@@ -131,13 +134,19 @@ def data_template(config: Config, data: dict[str, Any]) -> Template:
 # -- 2 to 4. model ----------------------------------------------------------------------------------------
 
 
+def probe_tokens(config: Config) -> int:
+    """At most so many tokens of the plan's packs are run."""
+    if config.verify.tokens != "auto":
+        return config.verify.tokens
+    return 32768 if config.cluster.device == "cuda" else 2048
+
+
 def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterator[Check]:
     dtype, average = resolve_dtype(config, config.cluster.device), config.strategy.average
     device = config.cluster.device
     backend = attention.backend_of(config, load_config(config), device)[0]
     plan = Plan(scratch / "plan", data)
-    tokens = config.verify.tokens if config.verify.tokens != "auto" else 32768 if device == "cuda" else 2048
-    probe = choose(plan, read_data(config.data_dir)[0], config.verify.packs, tokens)
+    probe = choose(plan, read_data(config.data_dir)[0], config.verify.packs, probe_tokens(config))
     with on_device(load_model(config, dtype), device, backend) as model:
         yield models.check_leak(model, probe)
         ours = models.packed(model, probe, average)
@@ -162,7 +171,7 @@ def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterato
     if config.cluster.sequence_parallel > 1:
         where += f", sequence parallel {config.cluster.sequence_parallel}"
     for seen, place in ((ours.losses, "this process"), (step["losses"], where)):
-        yield models.check_losses(seen, alone.losses, average, dtype, place)
+        yield models.check_losses(seen, alone, truth, average, dtype, place)
     yield models.check_gradient(step["grad_norm"], alone, dtype, where)
     yield check_one_rank(config, scratch, step, dtype)
     if data["template"] == "text":
@@ -226,8 +235,10 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
         one = engine_step(alone, scratch, None)
     except Exception as error:  # one device may be too small for what several hold
         return not_run(name, f"it does not fit one rank: {error}")
-    average = config.strategy.average
-    pairs = {"loss": (step["losses"][average], one["losses"][average]), "norm": (step["grad_norm"], one["grad_norm"])}
+    pairs = {
+        "loss": (step["losses"]["trained"], one["losses"]["trained"]),
+        "norm": (step["grad_norm"], one["grad_norm"]),
+    }
     difference = {key: abs(a - b) / abs(b) for key, (a, b) in pairs.items()}
     detail = f"{ranks} ranks; " + ", ".join(f"{key} {a:.6f} and {b:.6f}" for key, (a, b) in pairs.items())
     return at_most(name, max(difference.values()), models.GRADIENT[dtype], detail, DEFECT)

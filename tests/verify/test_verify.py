@@ -62,7 +62,7 @@ def compare(config: Config, probe: Probe) -> list[Check]:
     return [
         models.check_leak(ours(config), probe),
         models.check_packed(seen, alone, None),
-        models.check_losses(seen.losses, alone.losses, "sequence", torch.float32, "here"),
+        models.check_losses(seen.losses, alone, None, "sequence", torch.float32, "here"),
     ]
 
 
@@ -118,6 +118,50 @@ def test_wrong_normaliser(fault: str, config: Config, probe: Probe, monkeypatch:
 
     monkeypatch.setattr(loss, "token_weights", wrong)
     assert failed(compare(config, probe)) == ["loss = plain transformers (here)"]
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_loss_in_bfloat16_may_be_off_by_its_rounding_and_no_more(
+    fault: bool, config: Config, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "LOSS", {torch.bfloat16: 0.0})  # what rounding is measured to be, alone
+    model = load.load_model(config, torch.bfloat16)
+    attention.install(model, "sdpa")
+    alone, truth = (
+        models.separate(plain(config.model.path).to(dtype), probe, "sequence", backward=False)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    if fault:
+        monkeypatch.setattr(loss, "token_weights", lambda _average, *rest: weights("pack", *rest))
+    seen = models.packed(model.eval(), probe, "sequence")
+    check = models.check_losses(seen.losses, alone, truth, "sequence", torch.bfloat16, "here")
+    assert check.passed is not fault, check
+    assert check.tolerance
+    assert check.tolerance < 0.01
+
+
+def test_grouped_queries_in_float32_see_what_they_see_without_a_mask(config: Config) -> None:
+    model, ids = plain(config.model.path), torch.arange(40)[None]
+    text = model.config.get_text_config()
+    assert text.num_key_value_heads < text.num_attention_heads
+    with torch.no_grad():
+        masked = model(ids, attention_mask=models._causal(model, 40)).logits
+        torch.testing.assert_close(masked, model(ids).logits, rtol=1e-5, atol=1e-5)
+    text.sliding_window = 8
+    assert models._causal(model, 40) is None
+    text.sliding_window = None
+    assert models._causal(model.bfloat16(), 40) is None
+
+
+def test_out_of_memory_names_the_setting(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(models, "packed", full)
+    (tmp_path / "scratch").mkdir()
+    last = command.run_checks(config, read_data(config.data_dir)[1], tmp_path / "scratch")[-1]
+    assert last.passed is False
+    assert "2,048 tokens: try verify.tokens=1024" in last.advice
 
 
 def test_scaled_gradient(config: Config, probe: Probe) -> None:
