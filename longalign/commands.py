@@ -88,9 +88,7 @@ def group(config: Config, dry_run: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         manifest = plan.group(config, Path(scratch) / "plan" if dry_run else Path(config.output_dir or ""))
     console.print(plan_table(manifest, config.strategy.name))
-    for source, held in manifest["epochs"][0]["sources"].items() if config.mix else ():
-        counts = f"{held['samples']:,} samples, {held['tokens']:,} tokens, {held['targets']:,} targets"
-        console.print(f"{source}: {counts} in epoch 0")
+    console.print(sources_table(manifest["epochs"][0]["sources"]))
     return 0
 
 
@@ -113,6 +111,18 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
             str(e["cost_max_over_mean"]),
             *(f"{e['balance'][n]:.1%}" for n in ranks),
         )
+    return table
+
+
+def sources_table(sources: dict[str, Any]) -> Table:
+    """What the first epoch holds. of the loss: the mean over its steps."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("epoch 0")
+    for column in ("samples", "tokens", "targets", "of the loss"):
+        table.add_column(column, justify="right")
+    for source, held in sources.items():
+        counts = [f"{held[key]:,}" for key in ("samples", "tokens", "targets")]
+        table.add_row(source, *counts, f"{held['loss']:.1%}")
     return table
 
 
@@ -156,12 +166,13 @@ def strategies_table(report: dict[str, Any]) -> Table:
     title = f"packs of {report['pack_length']:,} tokens, balance on {report['ranks']} ranks"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("strategy")
-    for column in ("steps", "packs", "fill", "seqs/pack", "tokens/step", "balance", "worst step", "epochs"):
+    for column in ("steps", "packs", "fill", "seqs/pack", "tokens/step", "balance", "worst step", "epochs", "loss"):
         table.add_column(column, justify="right")
     for name, s in report["strategies"].items():
         counts = [f"{s['steps']:,}", f"{s['packs']:,}", f"{s['fill_ratio']:.4f}", str(s["sequences_per_pack"])]
         balance = [f"{s['balance']:.1%}", f"{s['balance_worst']:.1%}"]
-        table.add_row(name, *counts, f"{s['tokens_per_step']:,}", *balance, str(s["epochs"]))
+        loss = ", ".join(f"{source} {share:.0%}" for source, share in s["loss"].items())
+        table.add_row(name, *counts, f"{s['tokens_per_step']:,}", *balance, str(s["epochs"]), loss)
     return table
 
 

@@ -19,7 +19,7 @@ from longalign.config import compose_config, groups
 from longalign.data.packing import idle_share, pack_tokens
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
 from longalign.errors import UserError
-from longalign.files import fresh_folder, write_json
+from longalign.files import fresh_folder, read_json, write_json
 from longalign.progress import Bar
 from longalign.schema import Config, Strategy
 
@@ -157,7 +157,8 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
     """Figures of one strategy's plan, over all its epochs.
 
     balance: the mean over groups of a step's cost, over the time it takes when all groups wait for the slowest at every
-    micro-step (see packing.deal): 1 = nobody waits. The mean over steps, and the worst step.
+    micro-step (see packing.deal): 1 = nobody waits. The mean over steps, and the worst step. loss: the share that each
+    source has of it (mix.loss_shares), in the first epoch.
     """
     folder = Path(config.data_dir) / "plans" / config.strategy.name
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,6 +166,7 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
         if not fresh:
             group(config, folder := Path(scratch) / "plan")
         columns = pq.read_table(folder / "plan.parquet", columns=["step", "tokens", "n_sequences", "cost"])
+        first = read_json(folder / "manifest.json")["epochs"][0]["sources"]
     step, tokens, sequences, cost = (column.to_numpy() for column in columns)
     n_packs, n_steps, per = len(step), int(step[-1]), config.cluster.packs_per_micro_step
     of_steps = np.split(cost, np.flatnonzero(np.diff(step)) + 1)
@@ -179,4 +181,5 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
         "tokens_per_step": round(float(tokens.sum() / n_steps)),
         "balance": round(float(np.mean(balance)), 4),
         "balance_worst": round(float(np.min(balance)), 4),
+        "loss": {source: held["loss"] for source, held in first.items()},
     }

@@ -10,10 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-
-from longalign.data.plan import Plan, read_data
 
 COLUMNS = ("step", "loss", "loss_sequence", "loss_token", "lr", "grad_norm", "tokens", "targets", "sequences", "step_s")
 SETTINGS = ("seed", "max_length", "epochs", "max_steps", "lr", "lr_final", "warmup_ratio", "weight_decay", "strategy")
@@ -58,21 +55,6 @@ def short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) and abs(value) < 1e6 else value
 
 
-def weight_of_long(run: Path, data_dir: str, average: str) -> float:
-    """The share of a step's loss that its long samples have, the mean over steps."""
-    dataset, data = read_data(data_dir)
-    plan, n_target = Plan(run / "plan", data), np.array(dataset["n_target"])
-    is_long, shares = np.array(dataset["source"]) == "long", []
-    for step in range(1, plan.n_steps + 1):
-        long = total = 0.0
-        for pack in plan.step(step):
-            targets = n_target[pack.sample_ids]
-            of = {"sequence": np.ones(len(targets)), "token": targets, "pack": targets / targets.sum()}[average]
-            long, total = long + of[is_long[pack.sample_ids]].sum(), total + of.sum()
-        shares.append(long / total)
-    return float(np.mean(shares))
-
-
 def training(run: Path) -> dict[str, Any]:
     """settings, plan and the columns of metrics.jsonl."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -88,7 +70,7 @@ def training(run: Path) -> dict[str, Any]:
         "settings": settings,
         "plan": {key: plan[key] for key in ("steps", "packs")},
         "fill_ratio": plan["epochs"][0]["fill_ratio"],
-        "weight_of_long": weight_of_long(run, config["data_dir"], config["strategy"]["average"]),
+        "loss_of_long": plan["epochs"][0]["sources"].get("long", {"loss": 0})["loss"],
         "peak_mem_gb": max((row["peak_mem_gb"] for row in rows), default=None),
         "metrics": columns,
     }

@@ -93,7 +93,7 @@ def columns(records: dict[str, Record]) -> dict[str, tuple[Value, str]]:
         "short loss": (at(*tasks, "heldout", "by_source", "short", "loss"), ".4f"),
         "short loss against untouched": (against(records.get("untouched")), "+.1%"),
         "steps": (steps, ",.0f"),
-        "weight of long samples": (at("train", "weight_of_long"), ".0%"),
+        "long samples' share of the loss": (at("train", "loss_of_long"), ".0%"),
         "minutes": (minutes, ".1f"),
         "tokens/s": (speed, ",.0f"),
         "peak GB": (at("train", "peak_mem_gb"), ".1f"),

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -303,18 +302,6 @@ def test_a_stage_run_again_stands_once(tmp_path: Path) -> None:
         results_collect.note(tmp_path, "model", "convert", seconds, "CPU")
     results_collect.note(tmp_path, "text", "prepare", 3, "CPU")
     assert [row["seconds"] for row in results_collect.stages_of(tmp_path)] == [2, 3]
-
-
-@pytest.mark.parametrize(("average", "share"), [("sequence", 1 / 3), ("token", 0.4), ("pack", 0.25)])
-def test_the_weight_of_long_samples(
-    average: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One step of two packs, [long of 20 targets, short of 20] and [short of 10]; by hand, Eq. 2 and 3 of the paper."""
-    columns = {"n_target": [20, 20, 10], "source": ["long", "short", "short"]}
-    packs = [SimpleNamespace(sample_ids=[0, 1]), SimpleNamespace(sample_ids=[2])]
-    monkeypatch.setattr(results_collect, "read_data", lambda _: (columns, {}))
-    monkeypatch.setattr(results_collect, "Plan", lambda *_: SimpleNamespace(n_steps=1, step=lambda _: packs))
-    assert results_collect.weight_of_long(tmp_path, "data", average) == pytest.approx(share)
 
 
 def test_numbers_are_shortened() -> None:

@@ -1,4 +1,4 @@
-"""How often each sample stands in an epoch, by source (mix.NAME.weight, mix.NAME.max_samples).
+"""How often each sample stands in an epoch, by source (mix.NAME.weight, mix.NAME.max_samples), and what sources weigh.
 
 A source's samples stand in a ring, in an order drawn from the seed, and every epoch takes the next k of them:
 k = weight * samples, max_samples at most. With 4 samples in the order a b c d:
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from longalign.data.packing import Packs
 from longalign.errors import UserError
 from longalign.schema import Mix
 
@@ -43,3 +44,21 @@ def epoch_samples(source: np.ndarray, sources: list[str], mix: Mapping[str, Mix]
         turns = np.arange(round(epoch * per_epoch), round((epoch + 1) * per_epoch))
         chosen.append(ring[turns % max(len(mine), 1)])
     return np.sort(np.concatenate(chosen))
+
+
+def loss_shares(
+    packs: Packs, n_target: np.ndarray, source: np.ndarray, n_sources: int, average: str, per_step: int
+) -> np.ndarray:
+    """The weight of each source in a step's loss, the mean over steps, float64 [n_sources], 1 in all.
+
+    n_target and source are those of every sample. What a sample weighs is decided by the step it is in: the fewer
+    others there are, the more. Weights as in the paper's Eq. 2 (average=sequence) and Eq. 3 (pack).
+    """
+    pack = np.repeat(np.arange(len(packs.offsets) - 1), np.diff(packs.offsets))
+    target = n_target[packs.samples].astype(np.float64)
+    weights = np.ones_like(target) if average == "sequence" else target
+    if average == "pack":
+        weights = target / np.bincount(pack, target)[pack]
+    step = pack // per_step
+    of_step = weights / np.bincount(step, weights)[step]
+    return np.bincount(source[packs.samples], of_step, n_sources) / (step[-1] + 1)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
-from longalign.data.mix import check_names, epoch_samples
+from longalign.data.mix import check_names, epoch_samples, loss_shares
 from longalign.data.packing import Packs, balance, epoch_packs, pack_tokens, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
@@ -147,7 +147,9 @@ def group(config: Config, output: Path) -> dict[str, Any]:
                 table = _table(packs, mine, cost, epoch, first_step, first_pack, packs_per_step(strategy))
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
                 attention = np.add.reduceat(np.square(mine.length[packs.samples], dtype=np.float64), packs.offsets[:-1])
-                epochs.append({**_statistics(table, attention, config), "sources": _by_source(mine)})
+                per_step, n_sources = packs_per_step(strategy), len(mine.sources)
+                shares = loss_shares(packs, mine.n_target, mine.source, n_sources, strategy.average, per_step)
+                epochs.append({**_statistics(table, attention, config), "sources": _by_source(mine, shares)})
                 first_step += epochs[-1]["steps"]
                 first_pack += len(table)
         manifest = {
@@ -183,11 +185,13 @@ def _table(
     )
 
 
-def _by_source(samples: Columns) -> dict[str, dict[str, int]]:
-    """What an epoch holds of each source."""
+def _by_source(samples: Columns, shares: np.ndarray) -> dict[str, dict[str, float]]:
+    """What an epoch holds of each source, and the share of the loss that it has."""
     count = lambda weights=None: np.bincount(samples.source, weights, len(samples.sources)).astype(int).tolist()
-    rows = zip(samples.sources, count(), count(samples.length), count(samples.n_target), strict=True)
-    return {source: {"samples": n, "tokens": tokens, "targets": targets} for source, n, tokens, targets in rows}
+    columns = (count(), count(samples.length), count(samples.n_target), shares.round(4).tolist())
+    keys = ("samples", "tokens", "targets", "loss")
+    rows = zip(samples.sources, *columns, strict=True)
+    return {source: dict(zip(keys, row, strict=True)) for source, *row in rows}
 
 
 def _statistics(table: pa.Table, attention: np.ndarray, config: Config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import load_from_disk
 
 from longalign.config import compose_config
@@ -17,6 +18,7 @@ from longalign.data import plan as planning
 from longalign.data.batch import load_batch
 from longalign.data.mix import epoch_samples
 from longalign.errors import UserError
+from longalign.model.loss import StepTotals, micro_batch
 from longalign.schema import Config, Mix
 from longalign.verify.data import check_plan
 
@@ -95,6 +97,29 @@ def test_plans_hold_the_mix(
     assert {seen[s] for s in range(27) if source[s] == "short"} == {1, 2}, "20 places for 18 samples"
     checks = check_plan(tmp_path / "plan", dataset, 4, 128)
     assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("words", [*STRATEGIES, ["strategy=balanced"], ["strategy=packing", "strategy.average=token"]])
+def test_a_plan_tells_what_a_source_weighs(
+    words: list[str], tmp_path: Path, run_config: Callable[..., Config], data_dir: Path
+) -> None:
+    """Against the weights that training gives every target."""
+    config = run_config(tmp_path, *words, "mix.long.weight=2", "epochs=2")
+    manifest = planning.group(config, tmp_path / "plan")
+    dataset, data = planning.read_data(str(data_dir))
+    plan, source = planning.Plan(tmp_path / "plan", data), dataset["source"][:]
+    weighed = [dict.fromkeys(("long", "short"), 0.0) for _ in range(2)]
+    for step in range(1, plan.n_steps + 1):
+        totals = StepTotals.of(plan.step(step))
+        for pack in plan.step(step):
+            batch, weights = micro_batch(dataset, [pack], config.strategy.average, totals)
+            sample = torch.searchsorted(batch.cu_seqlens, batch.target_rows, right=True) - 1
+            for place, weight in zip(sample.tolist(), weights[:, 0].tolist(), strict=True):
+                weighed[plan.epoch(step)][source[pack.sample_ids[place]]] += weight
+    for epoch, told in enumerate(manifest["epochs"]):
+        for name, entry in told["sources"].items():
+            assert entry["loss"] == pytest.approx(weighed[epoch][name] / told["steps"], abs=1e-4)
+        assert 0.05 < told["sources"]["short"]["loss"] < 0.95
 
 
 def test_verify_sees_a_plan_that_is_not_its_mix(
