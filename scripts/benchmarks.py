@@ -7,6 +7,8 @@
     epoch:1       an epoch of the paper's lengths, balanced, AdamW on the GPU
     epoch:N       the paper's Figure 5 on N GPUs under ZeRO-3: the same data, and every strategy
     longest:N     one document as long as N GPUs should hold, Llama-3.1-8B's shape, N running it together
+    512k:N        one of 524,288 tokens likewise, where N GPUs should hold more
+    resume:N      a run on N GPUs gone on with on half of them, 8 layers of Llama-2-7B's shape (bench/resume.py)
 
 paper_mix.npz has `length` and `n_target` of every sample. Models are shapes with random weights. What a stage measured
 lies in runs/benchmarks/STAGE/bench.json, what it said in runs/benchmarks/logs.
@@ -82,15 +84,24 @@ def epoch_stages(n: int, lengths: Path, also: Words) -> Iterator[Stage]:
 
 
 def longest_stages(n: int, also: Words) -> Iterator[Stage]:
-    data, tokens = f"longest-{n}", LONGEST[n]
     if n == 1:
-        one = [f"bench.packs=[1x{tokens}]", "bench.activations=[offload]", "bench.warm_up=0", "bench.repeat=1"]
+        one = [f"bench.packs=[1x{LONGEST[1]}]", "bench.activations=[offload]", "bench.warm_up=0", "bench.repeat=1"]
         yield bench("longest:1", "llama3.1-8b", 1, *one, *also)
         return
-    yield data_stage(data, str(TOKENS / data), f"--one={tokens}", "--vocab=128256")
-    where = [f"data_dir={TOKENS / data}", f"max_length={tokens}", "cluster.zero_stage=3", ON_GPU]
     how = [f"cluster.sequence_parallel={n}", "activations=offload", "bench.strategies=[naive]", "bench.warm_up=0"]
-    yield bench(f"longest:{n}", "llama3.1-8b", n, *where, *how, *also, needs=(TOKENS / data / "manifest.json",))
+    for name, tokens in {f"longest:{n}": LONGEST[n], **({f"512k:{n}": 524_288} if n > 2 else {})}.items():
+        folder = TOKENS / name.replace(":", "-")
+        yield data_stage(folder.name, str(folder), f"--one={tokens}", "--vocab=128256")
+        where = [f"data_dir={folder}", f"max_length={tokens}", "cluster.zero_stage=3", ON_GPU]
+        yield bench(name, "llama3.1-8b", n, *where, *how, *also, needs=(folder / "manifest.json",))
+
+
+def resume_stage(n: int) -> Stage:
+    folder, told = RUNS / f"resume-{n}", RUNS / f"resume-{n}.txt"
+    model = [f"model.path={MODELS / 'llama2-7b'}", "model.config.num_hidden_layers=8", "template=longalign-llama"]
+    where = ["max_length=65536", "cluster=1gpu", "cluster.zero_stage=3", ON_GPU, "strategy=balanced"]
+    command = [sys.executable, str(ROOT / "bench/resume.py"), str(folder), f"--ranks={n}", "model=hf", *model, *where]
+    return Stage(f"resume:{n}", told, lambda: command, RUNS, output=told, gpus=n)
 
 
 def stages(lengths: Path, gpus: int, also: Words) -> Iterator[Stage]:
@@ -100,6 +111,8 @@ def stages(lengths: Path, gpus: int, also: Words) -> Iterator[Stage]:
     for n in (n for n in LONGEST if n <= gpus):
         yield from epoch_stages(n, lengths, also)
         yield from longest_stages(n, also)
+        if n > 1:
+            yield resume_stage(n)
 
 
 def main() -> None:

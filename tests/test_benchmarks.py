@@ -25,6 +25,10 @@ def test_every_stage_is_a_command_whose_needs_are_made_before(tmp_path: Path, mo
         words = stage.command()
         assert set(stage.needs) <= made, stage.name
         made.add(stage.done)
+        if stage.name.startswith("resume:"):
+            config = compose_config("train", [*words[4:], f"cluster.processes={stage.gpus // 2}"])
+            assert load_config(config).num_hidden_layers == 8
+            assert words[3] == f"--ranks={stage.gpus}"
         if words[: len(benchmarks.CLI)] != benchmarks.CLI:
             continue
         config = compose_config(words[3], words[4:])
@@ -35,9 +39,8 @@ def test_every_stage_is_a_command_whose_needs_are_made_before(tmp_path: Path, mo
         assert load_config(config).hidden_size == 4096
         if stage.name.startswith("epoch:"):
             assert config.strategy.packs_per_step % config.cluster.processes == 0
-    assert {name: count for name, count in processes.items() if ":" in name} == {
-        f"{kind}:{count}": count for kind in ("epoch", "longest") for count in (1, 2, 4, 8)
-    }
+    wanted = {f"{kind}:{count}": count for kind in ("epoch", "longest") for count in (1, 2, 4, 8)}
+    assert {name: count for name, count in processes.items() if ":" in name} == {**wanted, "512k:4": 4, "512k:8": 8}
 
 
 def test_shapes_are_those_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
