@@ -115,14 +115,14 @@ def plan_table(manifest: dict[str, Any], strategy: str) -> Table:
 
 
 def sources_table(sources: dict[str, Any]) -> Table:
-    """What the first epoch holds. of the loss: the mean over its steps."""
+    """What the first epoch holds. weight in the loss: the mean over its steps."""
     table = Table(box=box.SIMPLE)
     table.add_column("epoch 0")
-    for column in ("samples", "tokens", "targets", "of the loss"):
+    for column in ("samples", "tokens", "targets", "weight in the loss"):
         table.add_column(column, justify="right")
     for source, held in sources.items():
         counts = [f"{held[key]:,}" for key in ("samples", "tokens", "targets")]
-        table.add_row(source, *counts, f"{held['loss']:.1%}")
+        table.add_row(source, *counts, f"{held['loss_weight']:.1%}")
     return table
 
 
@@ -166,13 +166,23 @@ def strategies_table(report: dict[str, Any]) -> Table:
     title = f"packs of {report['pack_length']:,} tokens, balance on {report['ranks']} ranks"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("strategy")
-    for column in ("steps", "packs", "fill", "seqs/pack", "tokens/step", "balance", "worst step", "epochs", "loss"):
+    for column in (
+        "steps",
+        "packs",
+        "fill",
+        "seqs/pack",
+        "tokens/step",
+        "balance",
+        "worst step",
+        "epochs",
+        "weight in the loss",
+    ):
         table.add_column(column, justify="right")
     for name, s in report["strategies"].items():
         counts = [f"{s['steps']:,}", f"{s['packs']:,}", f"{s['fill_ratio']:.4f}", str(s["sequences_per_pack"])]
         balance = [f"{s['balance']:.1%}", f"{s['balance_worst']:.1%}"]
-        loss = ", ".join(f"{source} {share:.0%}" for source, share in s["loss"].items())
-        table.add_row(name, *counts, f"{s['tokens_per_step']:,}", *balance, str(s["epochs"]), loss)
+        weights = ", ".join(f"{source} {weight:.0%}" for source, weight in s["loss_weight"].items())
+        table.add_row(name, *counts, f"{s['tokens_per_step']:,}", *balance, str(s["epochs"]), weights)
     return table
 
 

@@ -157,8 +157,8 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
     """Figures of one strategy's plan, over all its epochs.
 
     balance: the mean over groups of a step's cost, over the time it takes when all groups wait for the slowest at every
-    micro-step (see packing.deal): 1 = nobody waits. The mean over steps, and the worst step. loss: the share that each
-    source has of it (mix.loss_shares), in the first epoch.
+    micro-step (see packing.deal): 1 = nobody waits. The mean over steps, and the worst step. loss_weight: that of
+    each source (mix.loss_weights), in the first epoch.
     """
     folder = Path(config.data_dir) / "plans" / config.strategy.name
     with tempfile.TemporaryDirectory() as scratch:
@@ -181,5 +181,5 @@ def strategy_stats(config: Config, data: dict[str, Any], groups: int) -> dict[st
         "tokens_per_step": round(float(tokens.sum() / n_steps)),
         "balance": round(float(np.mean(balance)), 4),
         "balance_worst": round(float(np.min(balance)), 4),
-        "loss": {source: held["loss"] for source, held in first.items()},
+        "loss_weight": {source: held["loss_weight"] for source, held in first.items()},
     }

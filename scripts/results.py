@@ -117,7 +117,7 @@ def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         yield tokenize(suite, of(TRAIN), RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
     long, short = of(TEST)
     yield tokenize("heldout", (long, short), RECIPE, f"long_file={long}", f"short_file={short}", "eval_fraction=1")
-    group = longalign("group", RECIPE, f"output_dir={PLAN.parent}")
+    group = longalign("group", RECIPE, "strategy=packing+weighting", f"output_dir={PLAN.parent}")
     yield Stage("plan", PLAN, lambda: group, DATA, (TOKENS / "full/manifest.json",))
 
 
@@ -179,7 +179,8 @@ def chat(longalign: Longalign, tokens: int, questions: Path) -> Words:
     texts = [message["content"].removesuffix("\n\nAnswer:") for message in row["messages"]]
     document, texts[0] = texts[0].rsplit("\n\n", 1)
     (SHOWN / "document.txt").write_text(document, encoding="utf-8")
-    (SHOWN / "expected.json").write_text(json.dumps(texts[1::2]), encoding="utf-8")
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    (SHOWN / "expected.json").write_text(json.dumps(pairs), encoding="utf-8")
     questions.write_text("\n".join([*texts[::2], f"/save {SHOWN}/chat.jsonl", ""]), encoding="utf-8")
     return longalign("chat", RECIPE, f"model.path={SHOWN}/model", f"file={SHOWN}/document.txt")
 

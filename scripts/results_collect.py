@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from longalign.data.documents import read_document
+
 COLUMNS = ("step", "loss", "loss_sequence", "loss_token", "lr", "grad_norm", "tokens", "targets", "sequences", "step_s")
 SETTINGS = ("seed", "max_length", "epochs", "max_steps", "lr", "lr_final", "warmup_ratio", "weight_decay", "strategy")
 
@@ -59,7 +61,7 @@ def training(run: Path) -> dict[str, Any]:
     """settings, plan and the columns of metrics.jsonl."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     plan = read(run / "plan/manifest.json")
-    rows = rows_of(run / "metrics.jsonl")
+    rows, sources = rows_of(run / "metrics.jsonl"), plan["epochs"][0]["sources"]
     buckets = sorted({name for row in rows for name in row["loss_by_length"]})
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
     columns["loss_by_length"] = {name: [row["loss_by_length"].get(name) for row in rows] for name in buckets}
@@ -70,7 +72,7 @@ def training(run: Path) -> dict[str, Any]:
         "settings": settings,
         "plan": {key: plan[key] for key in ("steps", "packs")},
         "fill_ratio": plan["epochs"][0]["fill_ratio"],
-        "loss_of_long": plan["epochs"][0]["sources"].get("long", {"loss": 0})["loss"],
+        "loss_weight_of_long": sum(held["loss_weight"] for source, held in sources.items() if source != "short"),
         "peak_mem_gb": max((row["peak_mem_gb"] for row in rows), default=None),
         "metrics": columns,
     }
@@ -88,16 +90,16 @@ def record(run: Path) -> dict[str, Any]:
     if (run / "bench/bench.json").is_file():
         found["bench"] = read(run / "bench/bench.json")
     if (run / "chat.jsonl").is_file():
-        document = (run / "document.txt").read_text(encoding="utf-8")
-        said = [
-            message["content"].removeprefix(document).strip() for message in rows_of(run / "chat.jsonl")[0]["messages"]
-        ]
-        expected = read(run / "expected.json")
-        keys = ("question", "answer", "expected")
-        found["chat"] = [
-            dict(zip(keys, turn, strict=True)) for turn in zip(said[::2], said[1::2], expected, strict=True)
-        ]
+        found["chat"] = talk(run)
     return found
+
+
+def talk(run: Path) -> list[dict[str, str]]:
+    """Every question, what was answered (nothing, if it was refused), and what the text says."""
+    document = read_document(run / "document.txt")
+    said = [message["content"].removeprefix(document).strip() for message in rows_of(run / "chat.jsonl")[0]["messages"]]
+    answers = dict(zip(said[::2], said[1::2], strict=True))
+    return [{"question": q, "answer": answers.get(q, ""), "expected": e} for q, e in read(run / "expected.json")]
 
 
 def packages_of(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:

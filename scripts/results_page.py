@@ -93,7 +93,7 @@ def columns(records: dict[str, Record]) -> dict[str, tuple[Value, str]]:
         "short loss": (at(*tasks, "heldout", "by_source", "short", "loss"), ".4f"),
         "short loss against untouched": (against(records.get("untouched")), "+.1%"),
         "steps": (steps, ",.0f"),
-        "long samples' share of the loss": (at("train", "loss_of_long"), ".0%"),
+        "long samples' weight": (at("train", "loss_weight_of_long"), ".0%"),
         "minutes": (minutes, ".1f"),
         "tokens/s": (speed, ",.0f"),
         "peak GB": (at("train", "peak_mem_gb"), ".1f"),
@@ -135,7 +135,7 @@ def comparison(records: dict[str, Record], rows: dict[str, str], plain: dict[str
             if max(map(mean, found)) - min(map(mean, found)) <= spread:
                 no_difference.append(name)
     told = (
-        f"\n\nNo two rows differ by more than the seeds of one row do: {', '.join(no_difference)}."
+        f"\n\nColumns in which no two rows differ by more than the seeds of one row do: {', '.join(no_difference)}."
         if no_difference
         else ""
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from longalign.chat.answer import Answer
+from longalign.chat.session import Session, document_at
 from longalign.config import compose_config
 from longalign.data.synthetic import base_texts, conversations
 from tests.conftest import write_jsonl
@@ -195,7 +197,7 @@ def test_two_gpus(records: dict[str, Any]) -> None:
 
 def test_rows_of_one_seed_are_not_said_to_be_alike(records: dict[str, Any]) -> None:
     rows = {"packing": "full/packing", "both": "full/packing+weighting"}
-    assert "No two rows" not in results_page.comparison(records, rows, {})
+    assert "no two rows" not in results_page.comparison(records, rows, {})
 
 
 def test_a_row_takes_its_own_runs_alone(records: dict[str, Any]) -> None:
@@ -263,6 +265,22 @@ def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeyp
     assert [stage.done.exists() for stage in stages()] == [True] * 5
 
 
+class Replies:
+    """A model that says these, one after the other."""
+
+    context = None
+
+    def __init__(self, replies: list[str]):
+        self.replies = iter(replies)
+
+    def count(self, messages: Any) -> int:
+        return len(messages)
+
+    def answer(self, messages: Any, write: Any) -> Answer:
+        write(next(self.replies))
+        return Answer(1, 0, 1, cut=False)
+
+
 def test_a_chat_asks_all_that_a_document_is_asked_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the questions are, how the transcript is kept and what the page makes of it."""
     monkeypatch.chdir(tmp_path)
@@ -283,18 +301,21 @@ def test_a_chat_asks_all_that_a_document_is_asked_in_the_data(tmp_path: Path, mo
     assert (results.SHOWN / "document.txt").read_text() == document
     assert chat.input
     assert chat.input.read_text() == f"Who?\nWhen?\n/save {chat.done}\n"
-    said = [{"role": "user", "content": f"{document}\n\nWho?"}, {"role": "assistant", "content": " the cat\n"}]
-    said += [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "1 | 3"}]
-    chat.done.write_text(json.dumps({"messages": said}) + "\n")
+    session = Session(Replies(["the cat", "1 | 3"]), lambda _: None, lambda _: None)
+    session.wait_with((document_at("file", results.SHOWN / "document.txt"),))
+    for line in chat.input.read_text().splitlines():
+        session.take(line)
     results_collect.note(results.SHOWN, "chat", "longalign chat", 1, "CPU")
     record = results_collect.record(results.SHOWN)
-    assert record["chat"] == [
-        {"question": "Who?", "answer": "the cat", "expected": "the cat"},
-        {"question": "When?", "answer": "1 | 3", "expected": "1 | 2"},
-    ]
+    turns = [{"question": "Who?", "answer": "the cat", "expected": "the cat"}]
+    turns += [{"question": "When?", "answer": "1 | 3", "expected": "1 | 2"}]
+    assert record["chat"] == turns
     told = results_page.transcript(record)
     assert "| When? | 1 \\| 3 | 1 \\| 2 |" in told
     assert told.endswith("Word for word right: 1 of 2.")
+    session.undo()  # as if the second question had been refused
+    session.take(f"/save {chat.done}")
+    assert results_collect.talk(results.SHOWN) == [turns[0], {**turns[1], "answer": ""}]
 
 
 def test_a_stage_run_again_stands_once(tmp_path: Path) -> None:

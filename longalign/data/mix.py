@@ -1,4 +1,4 @@
-"""How often each sample stands in an epoch, by source (mix.NAME.weight, mix.NAME.max_samples), and what sources weigh.
+"""How often each sample stands in an epoch, by source (mix.NAME.weight, mix.NAME.max_samples), and weighs in the loss.
 
 A source's samples stand in a ring, in an order drawn from the seed, and every epoch takes the next k of them:
 k = weight * samples, max_samples at most. With 4 samples in the order a b c d:
@@ -46,13 +46,13 @@ def epoch_samples(source: np.ndarray, sources: list[str], mix: Mapping[str, Mix]
     return np.sort(np.concatenate(chosen))
 
 
-def loss_shares(
+def loss_weights(
     packs: Packs, n_target: np.ndarray, source: np.ndarray, n_sources: int, average: str, per_step: int
 ) -> np.ndarray:
     """The weight of each source in a step's loss, the mean over steps, float64 [n_sources], 1 in all.
 
-    n_target and source are those of every sample. What a sample weighs is decided by the step it is in: the fewer
-    others there are, the more. Weights as in the paper's Eq. 2 (average=sequence) and Eq. 3 (pack).
+    n_target and source are those of every sample. A sample weighs more the fewer others its step has, or, with
+    average=pack, its pack: the paper's Eq. 2 (sequence) and Eq. 3 (pack).
     """
     pack = np.repeat(np.arange(len(packs.offsets) - 1), np.diff(packs.offsets))
     target = n_target[packs.samples].astype(np.float64)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
-from longalign.data.mix import check_names, epoch_samples, loss_shares
+from longalign.data.mix import check_names, epoch_samples, loss_weights
 from longalign.data.packing import Packs, balance, epoch_packs, pack_tokens, packs_per_step
 from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
 ROWS_PER_GROUP = 16384
 RANKS = (2, 8, 64)  # whose balance a manifest tells
 OURS = ("plan.parquet", "manifest.json")
+LAYOUT = 2  # of manifest.json; 1 had no loss_weight
 
 
 # -- the command ------------------------------------------------------------------------------------------
@@ -148,11 +149,12 @@ def group(config: Config, output: Path) -> dict[str, Any]:
                 writer.write_table(table, row_group_size=ROWS_PER_GROUP)
                 attention = np.add.reduceat(np.square(mine.length[packs.samples], dtype=np.float64), packs.offsets[:-1])
                 per_step, n_sources = packs_per_step(strategy), len(mine.sources)
-                shares = loss_shares(packs, mine.n_target, mine.source, n_sources, strategy.average, per_step)
-                epochs.append({**_statistics(table, attention, config), "sources": _by_source(mine, shares)})
+                weights = loss_weights(packs, mine.n_target, mine.source, n_sources, strategy.average, per_step)
+                epochs.append({**_statistics(table, attention, config), "sources": _by_source(mine, weights)})
                 first_step += epochs[-1]["steps"]
                 first_pack += len(table)
         manifest = {
+            "layout": LAYOUT,
             "identity": identity(config, data),
             "steps": first_step - 1,
             "packs": first_pack,
@@ -185,11 +187,11 @@ def _table(
     )
 
 
-def _by_source(samples: Columns, shares: np.ndarray) -> dict[str, dict[str, float]]:
-    """What an epoch holds of each source, and the share of the loss that it has."""
+def _by_source(samples: Columns, weights: np.ndarray) -> dict[str, dict[str, float]]:
+    """What an epoch holds of each source, and its weight in the loss."""
     count = lambda weights=None: np.bincount(samples.source, weights, len(samples.sources)).astype(int).tolist()
-    columns = (count(), count(samples.length), count(samples.n_target), shares.round(4).tolist())
-    keys = ("samples", "tokens", "targets", "loss")
+    columns = (count(), count(samples.length), count(samples.n_target), weights.round(4).tolist())
+    keys = ("samples", "tokens", "targets", "loss_weight")
     rows = zip(samples.sources, *columns, strict=True)
     return {source: dict(zip(keys, row, strict=True)) for source, *row in rows}
 
@@ -221,7 +223,8 @@ def steps_to_train(planned: int, config: Config) -> int:
 
 def is_fresh(folder: Path, wanted: dict[str, Any]) -> bool:
     try:
-        return read_json(folder / "manifest.json")["identity"] == wanted
+        manifest = read_json(folder / "manifest.json")
+        return manifest["identity"] == wanted and manifest["layout"] == LAYOUT
     except (OSError, ValueError, KeyError):
         return False
 

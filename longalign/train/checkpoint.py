@@ -205,7 +205,7 @@ def load(engine: Any, checkpoint: Path) -> None:
         floats: np.ndarray = np.memmap(path.with_suffix(".bin"), dtype=np.float32, mode="r")
         for parameter, *place in index["pieces"]:
             saved.setdefault(parameter, []).append((*place, floats))
-    state.make_moments(engine, record["updates"])
+    state.set_updates(engine, record["updates"])
     for piece in state.pieces(engine):
         filled = 0
         for start, stop, at, floats in saved.get(piece.name, []):

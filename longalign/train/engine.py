@@ -161,5 +161,5 @@ def build_engine(config: Config, ranks: int) -> Any:
     engine.activations = activations
     restore_inv_freq(engine.module)  # DeepSpeed may cast or move buffers
     check_inv_freq(engine.module, config.model.rope.theta)
-    make_moments(engine, 0)  # at the first update they would find the GPU's or the host's memory full of activations
+    make_moments(engine)  # at the first update they would find the GPU's or the host's memory full of activations
     return engine

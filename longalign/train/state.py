@@ -60,10 +60,10 @@ def owned(engine: Any) -> list[Piece]:
 
 
 def tensors(engine: Any, piece: Piece) -> list[torch.Tensor]:
-    """Views of the piece's master and moments, float32 [stop - start] each; zeros for moments that are not made yet."""
-    states = _adam(engine).state.get(piece.flat, {})
-    moments = [states[kind] if kind in states else torch.zeros_like(piece.flat) for kind in KINDS[1:]]
-    return [tensor.detach().view(-1).narrow(0, piece.at, piece.stop - piece.start) for tensor in (piece.flat, *moments)]
+    """Views of the piece's master and moments, float32 [stop - start] each."""
+    moments = _adam(engine).state[piece.flat]
+    kinds = (piece.flat, *(moments[kind] for kind in KINDS[1:]))
+    return [tensor.detach().view(-1).narrow(0, piece.at, piece.stop - piece.start) for tensor in kinds]
 
 
 def updates(engine: Any) -> int:
@@ -77,16 +77,22 @@ def _adam(engine: Any) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def make_moments(engine: Any, made: int) -> None:
-    """Give every master moments of zero and the count of updates, as if so many had been made."""
-    adam = _adam(engine)
+def make_moments(engine: Any) -> None:
+    """Give every master moments of zero, as before the first update."""
     for flat in {id(piece.flat): piece.flat for piece in pieces(engine)}.values():
-        adam.state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in KINDS[1:]}
+        _adam(engine).state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in KINDS[1:]}
+    set_updates(engine, 0)
+
+
+def set_updates(engine: Any, made: int) -> None:
+    """Have the optimizer count on from so many updates."""
+    adam = _adam(engine)
+    for flat, held in adam.state.items():
         if isinstance(adam, torch.optim.AdamW):
             place = flat.device if adam.defaults.get("fused") or adam.defaults.get("capturable") else "cpu"
-            adam.state[flat]["step"] = torch.tensor(float(made), device=place)
+            held["step"] = torch.tensor(float(made), device=place)
         else:  # DeepSpeedCPUAdam
-            adam.state[flat]["step"] = made
+            held["step"] = made
 
 
 def refresh(engine: Any) -> None:

@@ -26,12 +26,12 @@ def main(config_file: str, probe: str, result: str, folder: str | None = None) -
     join(config.cluster.device)
     try:
         engine = build_engine(config, dist.get_world_size())
-    except UserError as error:
+        if folder:
+            export(engine, config, Path(folder), step=0)
+        shares = train_step(engine, *load(Path(probe)), config).double()
+    except UserError as error:  # such as too little memory for the step, with a setting that fits
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if folder:
-        export(engine, config, Path(folder), step=0)
-    shares = train_step(engine, *load(Path(probe)), config).double()
     dist.all_reduce(shares)
     if dist.get_rank() == 0:
         losses = dict(zip(LOSSES, shares.tolist(), strict=True))

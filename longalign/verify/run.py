@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from longalign.verify.check import Check, at_most, not_run
 from longalign.verify.data import check_asking, check_plan, check_rows
 from longalign.verify.probe import choose
 
-MODEL_CHECKS = 10
+MODEL_CHECKS = 11
 DEFECT = "this is a defect of longalign, please report it with verify.json"
 
 
@@ -167,6 +168,7 @@ def model_checks(config: Config, data: dict[str, Any], scratch: Path) -> Iterato
     yield from models.check_rope(ours, alone, wanted_rope(config), AutoConfig.from_pretrained(exported))
     yield models.check_reload(ours, reloaded)
     yield models.check_packed(ours, alone, truth)
+    yield models.check_weights(ours, alone, average)
     where = f"engine, {ranks} x {config.cluster.device}, ZeRO-{config.cluster.zero_stage}"
     if config.cluster.sequence_parallel > 1:
         where += f", sequence parallel {config.cluster.sequence_parallel}"
@@ -239,6 +241,8 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
         "loss": (step["losses"]["trained"], one["losses"]["trained"]),
         "norm": (step["grad_norm"], one["grad_norm"]),
     }
-    difference = {key: abs(a - b) / abs(b) for key, (a, b) in pairs.items()}
+    limit = {"loss": models.LOSS[dtype], "norm": models.GRADIENT[dtype]}
+    apart = {key: models.relative(a, b) for key, (a, b) in pairs.items()}
+    worst = max(apart, key=lambda key: (math.isnan(apart[key]), apart[key] / limit[key]))
     detail = f"{ranks} ranks; " + ", ".join(f"{key} {a:.6f} and {b:.6f}" for key, (a, b) in pairs.items())
-    return at_most(name, max(difference.values()), models.GRADIENT[dtype], detail, DEFECT)
+    return at_most(name, apart[worst], limit[worst], detail, DEFECT)

@@ -118,8 +118,8 @@ def test_a_plan_tells_what_a_source_weighs(
                 weighed[plan.epoch(step)][source[pack.sample_ids[place]]] += weight
     for epoch, told in enumerate(manifest["epochs"]):
         for name, entry in told["sources"].items():
-            assert entry["loss"] == pytest.approx(weighed[epoch][name] / told["steps"], abs=1e-4)
-        assert 0.05 < told["sources"]["short"]["loss"] < 0.95
+            assert entry["loss_weight"] == pytest.approx(weighed[epoch][name] / told["steps"], abs=1e-4)
+        assert 0.05 < told["sources"]["short"]["loss_weight"] < 0.95
 
 
 def test_verify_sees_a_plan_that_is_not_its_mix(

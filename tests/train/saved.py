@@ -44,6 +44,10 @@ def bits(engine: Any) -> list[torch.Tensor]:
     return states + [p.detach().clone() for p in engine.module.parameters()]
 
 
+def where(engine: Any) -> list[int]:
+    return [tensor.data_ptr() for piece in state.pieces(engine) for tensor in state.tensors(engine, piece)]
+
+
 def told(engine: Any) -> dict[str, torch.Tensor]:
     """What the optimizer holds of every parameter, by DeepSpeed's own readers or, without ZeRO, torch's."""
     found = {}
@@ -76,7 +80,9 @@ def measure(config: Config) -> None:
     engine.destroy()
 
     engine = build_engine(config, dist.get_world_size())
+    places = where(engine)
     checkpoint.load(engine, path)
+    assert where(engine) == places, "masters and moments were made anew: they stood in memory twice"
     assert all(map(torch.equal, bits(engine), at_two)), "not loaded as saved"
     save(engine, config, run / "again", 2)
     steps(engine, config, plan, range(3, 5))

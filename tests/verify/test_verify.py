@@ -62,6 +62,7 @@ def compare(config: Config, probe: Probe) -> list[Check]:
     return [
         models.check_leak(ours(config), probe),
         models.check_packed(seen, alone, None),
+        models.check_weights(seen, alone, "sequence"),
         models.check_losses(seen.losses, alone, None, "sequence", torch.float32, "here"),
     ]
 
@@ -117,14 +118,11 @@ def test_wrong_normaliser(fault: str, config: Config, probe: Probe, monkeypatch:
         return weights(average, n_sequence, n_pack, totals)
 
     monkeypatch.setattr(loss, "token_weights", wrong)
-    assert failed(compare(config, probe)) == ["loss = plain transformers (here)"]
+    assert failed(compare(config, probe)) == ["loss: every target's weight", "loss = plain transformers (here)"]
 
 
-@pytest.mark.parametrize("fault", [False, True])
-def test_a_loss_in_bfloat16_may_be_off_by_its_rounding_and_no_more(
-    fault: bool, config: Config, probe: Probe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models, "LOSS", {torch.bfloat16: 0.0})  # what rounding is measured to be, alone
+def in_bfloat16(config: Config, probe: Probe, fault: str | None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(ours, whose averages are all `fault` if given; alone; its truth in float32)."""
     model = load.load_model(config, torch.bfloat16)
     attention.install(model, "sdpa")
     alone, truth = (
@@ -132,12 +130,40 @@ def test_a_loss_in_bfloat16_may_be_off_by_its_rounding_and_no_more(
         for dtype in (torch.bfloat16, torch.float32)
     )
     if fault:
-        monkeypatch.setattr(loss, "token_weights", lambda _average, *rest: weights("pack", *rest))
-    seen = models.packed(model.eval(), probe, "sequence")
-    check = models.check_losses(seen.losses, alone, truth, "sequence", torch.bfloat16, "here")
-    assert check.passed is not fault, check
-    assert check.tolerance
-    assert check.tolerance < 0.01
+        monkeypatch.setattr(loss, "token_weights", lambda _average, *rest: weights(fault, *rest))  # type: ignore[arg-type]
+    return models.packed(model.eval(), probe, "sequence"), alone, truth
+
+
+@pytest.mark.parametrize("fault", [None, "pack", "token"])
+def test_weights_are_exact_in_bfloat16(
+    fault: str | None, config: Config, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that rounding could be blamed for: the averages are 0.03% apart here."""
+    seen, alone, _ = in_bfloat16(config, probe, fault, monkeypatch)
+    assert models.check_weights(seen, alone, "sequence").passed is (fault is None)
+
+
+def test_a_loss_in_bfloat16_may_be_off_by_its_rounding_and_no_more(
+    config: Config, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, alone, truth = in_bfloat16(config, probe, None, monkeypatch)
+    monkeypatch.setattr(models, "LOSS", {torch.bfloat16: 0.0})  # what rounding is measured to be, alone
+
+    def check(losses: dict[str, float]) -> Check:
+        return models.check_losses(losses, alone, truth, "sequence", torch.bfloat16, "here")
+
+    whole = check(seen.losses)
+    assert whole.passed, whole
+    assert whole.tolerance is not None
+    assert 0 < whole.tolerance < 0.01
+    for name in models.LOSSES:
+        assert not check({**seen.losses, name: seen.losses[name] * 1.01}).passed
+        assert not check({**seen.losses, name: float("nan")}).passed
+    alone.nll *= 2  # a reference that is wrong widens its own limit, but not without end
+    most = check({name: value * 1.5 for name, value in seen.losses.items()})
+    assert not most.passed
+    assert most.tolerance == models.LOSS_AT_MOST
+    assert "verify.tokens" in most.advice
 
 
 def test_grouped_queries_in_float32_see_what_they_see_without_a_mask(config: Config) -> None:
@@ -330,7 +356,7 @@ def test_command_passes_on_two_ranks(base_words: list[str], data_dir: Path, tmp_
     report = read_json(tmp_path / "out" / "verify.json")
     assert report["passed"]
     assert [check["name"] for check in report["checks"] if check["passed"] is None] == []
-    assert len(report["checks"]) == 16
+    assert len(report["checks"]) == 17
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["verify.json"]
 
 
