@@ -42,7 +42,7 @@ PARAMETERS = 6.74e9
 MAX_LENGTH = 65536
 STRATEGIES = {
     "packing, next-fit": ["strategy=packing", "strategy.packer=next_fit"],
-    "packing, best-fit": ["strategy=packing"],
+    "packing, best-fit": ["strategy=packing", "strategy.packer=best_fit"],
     "naive": ["strategy=naive"],
     "sorted": ["strategy=sorted"],
     "balanced": ["strategy=balanced"],

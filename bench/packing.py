@@ -7,6 +7,7 @@ Writes a tokenised folder of that many samples (85,000 by default), whose length
 most 8,192), 2 in 17 spread evenly over 8k to 64k (section 3.3 and Figure 3, left). Its token lists are dummies of one
 token each: planning never reads them. Then, for each strategy, in a process of its own that may use one core:
 
+    long      the weight of samples of 8,192 tokens and more in a step's loss, the mean over steps
     seconds   the whole of what `longalign group` does for one epoch: open the folder, read its columns, plan, write
               plan.parquet and its manifest; without the start of Python and the imports
     peak      the most memory that process held, Python and its libraries included. The table is memory-mapped, and
@@ -35,7 +36,10 @@ STRATEGIES = {
     "naive": ["strategy=naive"],
     "sorted": ["strategy=sorted"],
     "packing, next-fit": ["strategy=packing", "strategy.packer=next_fit"],
-    "packing, best-fit": ["strategy=packing"],
+    "packing, best-fit": ["strategy=packing", "strategy.packer=best_fit"],
+    "packing": ["strategy=packing"],
+    "packing+weighting, next-fit": ["strategy=packing+weighting", "strategy.packer=next_fit"],
+    "packing+weighting, best-fit": ["strategy=packing+weighting", "strategy.packer=best_fit"],
     "packing+weighting": ["strategy=packing+weighting"],
     "balanced": ["strategy=balanced"],
     "balanced, 1.5x": [
@@ -109,7 +113,7 @@ def main() -> None:
     else:
         length, n_target = paper_like(n, rng)
     table = Table(title=f"{n:,} samples, {length.sum():,} tokens, one epoch", title_justify="left", box=box.SIMPLE)
-    for column in ("strategy", "steps", "packs", "fill", "seqs/pack", "seconds", "peak GB", "read s", "GB"):
+    for column in ("strategy", "steps", "packs", "fill", "seqs/pack", "long", "seconds", "peak GB", "read s", "GB"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as scratch:
         write_data(Path(scratch) / "data", length, n_target, tokens)
@@ -118,6 +122,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             e = json.loads(done.stdout)
             counts = [f"{e['steps']:,}", f"{e['packs']:,}", f"{e['fill_ratio']:.4f}", f"{e['sequences_per_pack']}"]
+            counts.append(f"{e['sources']['LongAlign-10k']['loss_weight']:.1%}")
             costs = [e[key] for key in ("seconds", "peak", "read_seconds", "read_peak")]
             table.add_row(name, *counts, *(f"{cost:.2f}" for cost in costs))
     Console(width=120).print(table)

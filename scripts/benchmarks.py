@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {**LLAMA, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
     "llama3.1-8b": {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
 }
-STRATEGIES = ["packing packer=next_fit", "packing", "balanced", "naive", "sorted"]
+STRATEGIES = ["packing packer=next_fit", "packing packer=best_fit", "balanced", "naive", "sorted"]
 ON_GPU = "cluster.offload_optimizer=false"
 # One pack a GPU and step: with several, neighbours among them are alike, and few GPUs have little to wait for.
 STEP = ("strategy.strata=1", "bench.warm_up=1")

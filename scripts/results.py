@@ -38,6 +38,7 @@ SUITES = {"none": 0, "half": 100, "full": 200}  # long instructions; the paper: 
 STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
+BEST_FIT = "strategy.packer=best_fit"
 SHOWN = RUNS / "full/balanced/1"  # the run that verify, bench and chat are shown with
 
 
@@ -117,19 +118,20 @@ def token_stages(longalign: Longalign, model: Path) -> Iterator[Stage]:
         yield tokenize(suite, of(TRAIN), RECIPE, f"datanum.name={suite}", f"datanum.n_long={n_long}")
     long, short = of(TEST)
     yield tokenize("heldout", (long, short), RECIPE, f"long_file={long}", f"short_file={short}", "eval_fraction=1")
-    group = longalign("group", RECIPE, "strategy=packing+weighting", f"output_dir={PLAN.parent}")
+    group = longalign("group", RECIPE, "strategy=packing+weighting", BEST_FIT, f"output_dir={PLAN.parent}")
     yield Stage("plan", PLAN, lambda: group, DATA, (TOKENS / "full/manifest.json",))
 
 
 def same_steps(suite: str, strategy: str) -> Words:
-    """What gives a row as many optimizer steps as packing makes of the full suite."""
+    """What gives a row as many optimizer steps as packing makes of the full suite. Packing is best-fit, as TRL's."""
     steps = read(PLAN)["steps"]
     data = read(TOKENS / suite / "manifest.json")
     if strategy in ("naive", "sorted"):
         return [f"strategy.batch_size={-(-data['samples'] // steps)}"]
+    packer = [] if strategy == "balanced" else [BEST_FIT]
     if suite == "none":  # a few packs of 64k would hold it all
-        return [f"strategy.pack_tokens={max(data['longest'], -(-data['tokens'] // steps))}"]
-    return []
+        return [*packer, f"strategy.pack_tokens={max(data['longest'], -(-data['tokens'] // steps))}"]
+    return packer
 
 
 def run_stages(longalign: Longalign, model: Path, seeds: Sequence[int]) -> Iterator[Stage]:

@@ -243,12 +243,14 @@ def test_rows_are_given_the_steps_of_packing(tmp_path: Path, monkeypatch: pytest
     results.PLAN.parent.mkdir(parents=True)
     results.PLAN.write_text(json.dumps({"steps": 10}))
     assert results.same_steps("full", "naive") == results.same_steps("full", "sorted") == ["strategy.batch_size=11"]
-    assert results.same_steps("none", "packing+weighting") == ["strategy.pack_tokens=100"]
+    assert results.same_steps("none", "packing+weighting") == [results.BEST_FIT, "strategy.pack_tokens=100"]
+    assert results.same_steps("full", "packing") == [results.BEST_FIT]
     assert results.same_steps("full", "balanced") == []
     words = results.two_gpu_stage(results.Longalign({}), Path("model")).command()
     (items,) = (word for word in words if word.startswith("bench.strategies="))
     given = compose_config("bench", [items]).bench.strategies
-    assert given == ["packing+weighting", "naive batch_size=11", "sorted batch_size=11", "packing", "balanced"]
+    packed = ["packing+weighting packer=best_fit", "packing packer=best_fit"]
+    assert given == [packed[0], "naive batch_size=11", "sorted batch_size=11", packed[1], "balanced"]
 
 
 def test_downloads_are_not_wanted_where_their_outcome_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ from datasets import load_from_disk
 from longalign.config import compose_config
 from longalign.data import plan as planning
 from longalign.data.batch import load_batch
-from longalign.data.mix import epoch_samples
+from longalign.data.mix import epoch_samples, loss_weights
+from longalign.data.packing import epoch_packs, packs_per_step
 from longalign.errors import UserError
+from longalign.model.cost import Cost
 from longalign.model.loss import StepTotals, micro_batch
 from longalign.schema import Config, Mix
 from longalign.verify.data import check_plan
@@ -120,6 +122,30 @@ def test_a_plan_tells_what_a_source_weighs(
         for name, entry in told["sources"].items():
             assert entry["loss_weight"] == pytest.approx(weighed[epoch][name] / told["steps"], abs=1e-4)
         assert 0.05 < told["sources"]["short"]["loss_weight"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("words", "least", "most"),
+    [
+        (["strategy=packing+weighting"], 0.98, 1.02),
+        (["strategy=balanced"], 0.98, 1.02),
+        (["strategy=naive"], 0.98, 1.02),
+        (["strategy=packing+weighting", "strategy.packer=next_fit"], 1.05, 1.25),
+        (["strategy=packing+weighting", "strategy.packer=best_fit"], 1.8, 3.0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_long_samples_weigh_what_they_are_among_all(words: list[str], least: float, most: float) -> None:
+    """The default packer keeps the mixture of the paper's lengths, one in eight of them long; the others do not."""
+    rng = np.random.default_rng(0)
+    short = rng.lognormal(np.log(800), 1, 17_500).clip(16, 8191)
+    length = np.concatenate([rng.uniform(8192, 65536, 2500), short])[rng.permutation(20_000)].astype(np.int64)
+    strategy = compose_config("group", words).strategy
+    packs = epoch_packs(length, strategy, 65536, seed=1, epoch=0, cost=Cost(1.0, 1e-5))
+    n_target, source = np.full(len(length), 300), (length >= 8192).astype(np.int32)
+    weight = loss_weights(packs, n_target, source, 2, strategy.average, packs_per_step(strategy))
+    assert weight.sum() == pytest.approx(1)
+    assert least < weight[1] / source.mean() < most
 
 
 def test_verify_sees_a_plan_that_is_not_its_mix(
