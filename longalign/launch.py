@@ -121,6 +121,7 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
             f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
+        ("loss weight", ", ".join(f"{name} {of['loss_weight']:.1%}" for name, of in first["sources"].items())),
         ("waiting", waiting(config, plan, groups)),
         ("attention", chosen),
         ("activations", told(config, parameters, plan)),

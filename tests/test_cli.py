@@ -72,6 +72,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path, base_wor
         "steps",
         "packs",
         "tokens per step",
+        "loss weight",
         "sdpa",
         "2 x cpu, ZeRO-1",
         "would be grouped",
