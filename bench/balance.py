@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--activations", default="budget")
     args = parser.parse_args()
+    if not args.lengths.is_file():
+        parser.error(f"{args.lengths}: no such file; it holds `length` and `n_target` of every sample")
     mix = np.load(args.lengths)
     length, n_target = mix["length"].astype(np.int64), mix["n_target"]
     measured, console = measured_seconds(args.measured) if args.measured else None, Console(width=120)

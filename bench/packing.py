@@ -107,6 +107,8 @@ def main() -> None:
     n, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 85_000, np.random.default_rng(0)
     tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     if len(sys.argv) > 2:
+        if not Path(sys.argv[2]).is_file():
+            sys.exit(f"{sys.argv[2]}: no such file; leave it out to draw lengths like the paper's")
         mix = np.load(sys.argv[2])
         drawn = rng.integers(len(mix["length"]), size=n)
         length, n_target = mix["length"][drawn], mix["n_target"][drawn]

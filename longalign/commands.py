@@ -67,6 +67,7 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "rows cut to max_length": "truncated",
         "tokens in": "tokens_in",
         "tokens cut": "tokens_cut",
+        "tokens held out or not chosen": "tokens_elsewhere",
         "tokens kept": "tokens_kept",
         "targets in": "targets_in",
         "targets kept": "targets_kept",

@@ -92,7 +92,9 @@ def worker_command(run: Path) -> list[str]:
     return [sys.executable, "-m", "longalign.train.worker", str(run / "config.yaml")]
 
 
-def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Plan, how: str) -> list[tuple[str, str]]:
+def describe(
+    config: Config, parameters: int, manifest: dict[str, Any], plan: Plan, how: str, start: Path | None
+) -> list[tuple[str, str]]:
     """What `train` is about to do, as lines of a table; warns if ranks will idle. Raises UserError for a small disk."""
     run, first = Path(config.output_dir or ""), manifest["epochs"][0]
     steps = steps_to_train(manifest["steps"], config)
@@ -111,17 +113,19 @@ def describe(config: Config, parameters: int, manifest: dict[str, Any], plan: Pl
     offloaded = ", optimizer on the host" if cluster.offload_optimizer else ""
     nodes = f"{cluster.nodes} nodes x " if cluster.launcher != "local" else ""
     dtype = str(resolve_dtype(config, cluster.device)).removeprefix("torch.")
+    weights = [f"{source} {of['loss_weight']:.1%}" for source, of in first["sources"].items()]
     return [
         ("model", f"{config.model.path}, {parameters:,} parameters, {dtype}"),
         ("data", f"{config.data_dir}"),
         ("plan", how),
         ("steps", f"{steps:,} ({first['steps']:,} an epoch, {config.epochs} epochs)"),
+        *([("goes on", f"after step {checkpoint.step_of(start):,}, which {start} holds")] if start else []),
         (
             "packs",
             f"{manifest['packs']:,}, {first['fill_ratio']:.1%} full, {first['sequences_per_pack']} sequences each",
         ),
         ("tokens per step", f"{first['tokens_per_step']:,}"),
-        ("loss weight", ", ".join(f"{name} {of['loss_weight']:.1%}" for name, of in first["sources"].items())),
+        ("loss weight", ", ".join(weights) + " (mean step of the first epoch)"),
         ("waiting", waiting(config, plan, groups)),
         ("attention", chosen),
         ("activations", told(config, parameters, plan)),
@@ -171,7 +175,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
             folder = shared if fresh else Path(scratch) / "plan"
             manifest = read_json(folder / "manifest.json") if fresh else group(config, folder)
             how = str(shared) if fresh else "would be grouped first"
-            return config, describe(config, parameters, manifest, Plan(folder, data), how)
+            return config, describe(config, parameters, manifest, Plan(folder, data), how, start)
     if loads_weights(config):
         weights_of(config)  # a conversion happens here, once, and its errors are told before any worker starts
     replaces = config.overwrite and config.resume == "none" and run.is_dir()
@@ -183,7 +187,7 @@ def prepare_run(config: Config, dry_run: bool) -> tuple[Config, list[tuple[str, 
     try:
         manifest, how = prepare_plan(config, run)
         write_text(run / "config.yaml", to_yaml(config))
-        return config, describe(config, parameters, manifest, Plan(run / "plan", data), how)
+        return config, describe(config, parameters, manifest, Plan(run / "plan", data), how, start)
     except BaseException:
         if new:
             shutil.rmtree(run, ignore_errors=True)

@@ -35,7 +35,8 @@ def test_help_is_quick_and_lists_commands(tmp_path: Path) -> None:
             ["train", "cluster=cpu", "cluster.zero_stage=0", "model.dtype=bfloat16"],
             "cluster.zero_stage=0 trains in float32",
         ),
-        (["eval", "model.path=./none", "cluster=cpu"], "model.tokenizer=./none: no such folder"),
+        (["eval", "model.path=./none", "cluster=cpu"], "model.path=./none: no such folder"),
+        (["eval", "model=tiny", "model.tokenizer=./none", "cluster=cpu"], "model.tokenizer=./none: no such folder"),
         (["chat", "model=tiny", "cluster=cpu", "file=none.txt", "prompt=x"], "file=none.txt cannot be read"),
     ],
 )

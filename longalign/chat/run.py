@@ -68,6 +68,8 @@ def _talk(session: Session, name: str) -> int:
         except KeyboardInterrupt:
             session.say("(Ctrl-D leaves)")
         except UserError as error:
+            if not sys.stdin.isatty():  # what comes next was written without knowing of this
+                raise
             console.print(f"error: {error}", style="red", soft_wrap=True)
 
 

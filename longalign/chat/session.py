@@ -41,6 +41,7 @@ class Turn:
     question: str
     answer: str
     used: int | None  # tokens of the context up to here
+    cut: bool  # it ends at max_new_tokens, or where Ctrl-C stopped it
 
     @property
     def messages(self) -> Messages:
@@ -131,7 +132,7 @@ class Session:
             self.say("stopped before the answer began; the question is taken back")
             return
         self.used = told.used if told else self.model.count([*self.messages, asked])
-        self.turns.append(Turn(self.documents, question, text, self.used))
+        self.turns.append(Turn(self.documents, question, text, self.used, cut=told is None or told.cut))
         self.documents = ()
         self.say(f"{_figures(told, first - start, time.monotonic() - first)}; {self.meter()}")
 
@@ -174,7 +175,9 @@ class Session:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         self.saved.add(path)
-        self.say(f"saved to {path}")
+        cut = sum(turn.cut for turn in self.turns)
+        warned = f"; {cut} of {len(self.turns)} answers do not come to their end, and training on them would teach that"
+        self.say(f"saved to {path}{warned if cut else ''}")
 
     def meter(self) -> str:
         """Tokens of the context that are taken, of its limit."""

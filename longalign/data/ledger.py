@@ -23,6 +23,7 @@ class Ledger:
     changes: Counter[str] = field(default_factory=Counter)  # to the messages of kept samples
     tokens_in: int = 0
     tokens_cut: int = 0
+    tokens_elsewhere: int = 0  # of rows that are held out or not chosen
     tokens_kept: int = 0
     targets_in: int = 0
     targets_elsewhere: int = 0  # of rows that are held out or not chosen

@@ -190,7 +190,7 @@ def _table(
 def _by_source(samples: Columns, weights: np.ndarray) -> dict[str, dict[str, float]]:
     """What an epoch holds of each source, and its weight in the loss."""
     count = lambda weights=None: np.bincount(samples.source, weights, len(samples.sources)).astype(int).tolist()
-    columns = (count(), count(samples.length), count(samples.n_target), weights.round(4).tolist())
+    columns = (count(), count(samples.length), count(samples.n_target), weights.round(6).tolist())
     keys = ("samples", "tokens", "targets", "loss_weight")
     rows = zip(samples.sources, *columns, strict=True)
     return {source: dict(zip(keys, row, strict=True)) for source, *row in rows}

@@ -112,18 +112,20 @@ def split(config: Config, rows: Rows, n_long: int) -> tuple[np.ndarray, np.ndarr
 
 def add_kept(ledgers: dict[str, Ledger], rows: Rows, order: np.ndarray, n_held_out: np.ndarray) -> dict[str, Ledger]:
     """The ledgers with what stands in a table. n_held_out: rows of each source that are held out from it."""
-    of_row, total = rows.source[order], np.bincount(rows.source, rows.n_target, len(ledgers))
+    of_row = rows.source[order]
+    tokens, targets = (np.bincount(rows.source, of, len(ledgers)) for of in (rows.length, rows.n_target))
     done = {}
     for number, (source, ledger) in enumerate(ledgers.items()):
         mine = order[of_row == number]
-        kept = int(rows.n_target[mine].sum(dtype=np.int64))
+        tokens_kept, kept = (int(of[mine].sum(dtype=np.int64)) for of in (rows.length, rows.n_target))
         done[source] = replace(
             ledger,
             rows_kept=len(mine),
             rows_held_out=int(n_held_out[number]),
             rows_not_chosen=ledger.rows - len(mine) - int(n_held_out[number]),
-            tokens_kept=int(rows.length[mine].sum(dtype=np.int64)),
-            targets_elsewhere=int(total[number]) - kept,
+            tokens_elsewhere=int(tokens[number]) - tokens_kept,
+            tokens_kept=tokens_kept,
+            targets_elsewhere=int(targets[number]) - kept,
             targets_kept=kept,
         )
     return done

@@ -46,7 +46,8 @@ def load_tokenizer(config: Config) -> Any:
     if folder := original.find(path):
         return chatglm_tokenizer(folder / "tokenizer.model")
     kind = LlamaTokenizer if is_bare_llama(Path(path)) else AutoTokenizer
-    tokenizer = _load(kind, path, "model.tokenizer", config.model)
+    setting = "model.path" if path == config.model.path else "model.tokenizer"
+    tokenizer = _load(kind, path, setting, config.model)
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
         said = "a space before every segment" if tokenizer.legacy else "no space before later segments, as Llama-2"
         note(f"model.tokenizer={path}: legacy={str(tokenizer.legacy).lower()} ({said}; tokenizer_config.json decides)")

@@ -129,6 +129,15 @@ def test_text_that_looks_like_a_command(session: Session) -> None:
     assert contents(session) == ["/etc/hosts", "/etc/hosts"]
 
 
+def test_saving_warns_of_answers_without_an_end(session: Session, told: list[str], tmp_path: Path) -> None:
+    session.take("one")
+    session.take(f"/save {tmp_path}/whole.jsonl")
+    assert told[-1] == f"saved to {tmp_path}/whole.jsonl"
+    session.take("halfway")
+    session.take(f"/save {tmp_path}/cut.jsonl")
+    assert told[-1].startswith(f"saved to {tmp_path}/cut.jsonl; 1 of 2 answers do not come to their end")
+
+
 def test_saved_as_data_for_training(session: Session, tmp_path: Path) -> None:
     session.take("wie heißt\ndu")
     file = tmp_path / "chat.jsonl"

@@ -146,17 +146,33 @@ def test_a_session(terminal: Terminal, words: list[str], tmp_path: Path) -> None
 
 
 def test_lines_from_a_pipe(model_dir: Path, tmp_path: Path) -> None:
-    """Answers alone go to standard output; a mistake on the way does not end the session."""
+    """Answers alone go to standard output; the first mistake ends the session: what follows may rest on it."""
     words = [f"model.path={model_dir}", "model=hf", "template=longalign-llama", "cluster=cpu", "max_new_tokens=6"]
-    lines = ["what", "/file nope", "/clear", "river " * 600, "what", "is\\", "it", "/save chat.jsonl"]
+    lines = [
+        "what",
+        "/clear",
+        "what",
+        "is\\",
+        "it",
+        "/save chat.jsonl",
+        "/file nope",
+        "what is in it",
+        "/save more.jsonl",
+    ]
     done = in_process("chat", *words, cwd=tmp_path, input="\n".join(lines))
-    assert done.returncode == 0, "the end of input ends the session"
+    assert done.returncode == 2
     messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
     first, second = messages[1]["content"], messages[3]["content"]
     assert done.stdout == f"{first}\n{first}\n{second}\n", "/clear forgets: the same question gets the same answer"
     assert messages[2]["content"] == "is\nit"
-    assert "error: /file nope cannot be read" in done.stderr
-    assert "the model's context is 512; shorten the document" in done.stderr
+    assert "2 of 2 answers do not come to their end" in done.stderr.replace("\n", " ")
+    assert done.stderr.endswith("error: /file nope cannot be read as text: No such file or directory\n")
+    assert not (tmp_path / "more.jsonl").exists()
+    whole = in_process("chat", *words, cwd=tmp_path, input="what\n")
+    assert whole.returncode == 0, "the end of input ends the session"
+    long = in_process("chat", *words, cwd=tmp_path, input="river " * 600)
+    assert long.returncode == 2
+    assert "the model's context is 512; shorten the document" in long.stderr
 
 
 def test_history_needs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

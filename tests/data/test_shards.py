@@ -240,6 +240,10 @@ def test_held_out_by_content_alone(tmp_path: Path, base_words: list[str], own_ca
     random.Random(0).shuffle(short)
     mixed = write_jsonl(tmp_path / "mixed" / "mixed.jsonl", short + twins)
     manifest = run(words, tmp_path / "one", "eval_fraction=0.3")
+    for entry in manifest["ledger"].values():  # nothing is dropped here, so every token is somewhere
+        for what in ("tokens", "targets"):
+            assert entry[f"{what}_elsewhere"] > 0
+        assert entry["tokens_in"] == sum(entry[f"tokens_{where}"] for where in ("cut", "elsewhere", "kept"))
     run([*words, f"short_file={mixed}"], tmp_path / "two", "eval_fraction=0.3", "datanum=5k", "datanum.n_long=20")
     train, held, train2, held2 = (
         load_from_disk(str(tmp_path / name)).to_list() for name in ("one", "one/eval", "two", "two/eval")

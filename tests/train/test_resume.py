@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -246,6 +247,7 @@ def test_damaged_checkpoints_are_skipped_and_refused(
     assert checkpoint.bit_damage(flipped, 1, 2) is None, "the other rank's share"
     assert "rank-00000.bin does not have the checksum" in str(checkpoint.bit_damage(flipped, 0, 2))
     said = resume(words, tmp_path).stderr
+    assert re.search(r"goes on  after step \d+, which \S+/checkpoints/step-0000\d\d holds", said), said
     assert "skipping damaged checkpoint step-000020: rank-00001.bin has" in said
     assert "skipping damaged checkpoint step-000015: rank-00000.bin does not have the checksum" in said
     assert_same(tmp_path / "run", whole)
