@@ -14,11 +14,12 @@ import sys
 sys.path.pop(0)  # this folder, where Python would find tokenize.py in place of its own module
 
 import argparse
-import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+
+from longalign.train import checkpoint
+from longalign.train.metrics import read_metrics
 
 STEPS, STOPPED = 6, 3
 
@@ -29,10 +30,6 @@ def longalign(*words: str) -> float:
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "longalign.cli", *words], check=True)
     return time.monotonic() - began
-
-
-def rows(run: Path) -> dict[int, dict[str, Any]]:
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
 def main() -> None:
@@ -47,20 +44,19 @@ def main() -> None:
     longalign("tokenize", *words, *files, f"output_dir={tokens}", f"data_dir={tokens}")
     plan = [f"data_dir={tokens}", f"strategy.packs_per_step={args.ranks}", "strategy.strata=1", f"max_steps={STEPS}"]
     train = ["train", *words, *plan, "model.init=random", f"save_every={STOPPED}"]
-    seconds = longalign(*train, f"cluster.processes={args.ranks}", f"output_dir={whole}")
-    checkpoint = whole / f"checkpoints/step-{STOPPED:06d}"
-    on_half = [f"cluster.processes={args.ranks // 2}", f"output_dir={half}", f"resume={checkpoint}"]
+    lasted = longalign(*train, f"cluster.processes={args.ranks}", f"output_dir={whole}")
+    saved = whole / "checkpoints" / checkpoint.name(STOPPED)
+    on_half = [f"cluster.processes={args.ranks // 2}", f"output_dir={half}", f"resume={saved}"]
     resumed = longalign(*train, *on_half)
-    size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    print(f"checkpoint of {size / 1e9:.2f} GB; {seconds:.0f} s never stopped, {resumed:.0f} s resumed")
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    print(f"checkpoint of {size / 1e9:.2f} GB; {lasted:.0f} s never stopped, {resumed:.0f} s resumed")
     print(f"step  loss on {args.ranks} ranks  loss on {args.ranks // 2}  relative difference  s/step  s/step on half")
-    before, after = rows(whole), rows(half)
+    before, after = ({row["step"]: row for row in read_metrics(run / "metrics.jsonl")} for run in (whole, half))
     for step in range(STOPPED + 1, STEPS + 1):
         one, other = before[step], after[step]
         apart = abs(one["loss"] / other["loss"] - 1)
-        print(
-            f"{step:4}  {one['loss']:.7f}  {other['loss']:.7f}  {apart:.1e}  {one['step_s']:.2f}  {other['step_s']:.2f}"
-        )
+        seconds = f"{one['step_s']:.2f}  {other['step_s']:.2f}"
+        print(f"{step:4}  {one['loss']:.7f}  {other['loss']:.7f}  {apart:.1e}  {seconds}")
 
 
 if __name__ == "__main__":

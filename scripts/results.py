@@ -39,7 +39,7 @@ STRATEGIES = ("packing+weighting", "naive", "sorted", "packing", "balanced")
 ROWS = [(suite, "packing+weighting") for suite in ("full", "none", "half")] + [("full", s) for s in STRATEGIES[1:]]
 SEEDS = (1, 2)
 BEST_FIT = "strategy.packer=best_fit"
-SHOWN = RUNS / "full/balanced/1"  # the run that verify, bench and chat are shown with
+SHOWN = RUNS / results_page.SHOWN
 
 
 class Longalign:

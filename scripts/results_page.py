@@ -19,7 +19,7 @@ Record = dict[str, Any]
 Value = Callable[[Record], float | None]
 ABSENT = "not measured"
 WARM_UP = 4  # steps
-SHOWN = "full/balanced/1"  # what the recipe makes
+SHOWN = "full/balanced/1"  # what the recipe makes: verify, bench and chat are of this run
 SUITES = {"0k": "none/packing+weighting", "half": "half/packing+weighting", "full": "full/packing+weighting"}
 STRATEGIES = ("naive", "sorted", "packing", "packing+weighting", "balanced")
 
@@ -292,7 +292,7 @@ def write(folder: Path, page: Path, words: Path) -> None:
         "needle-by-length": by_group(records, every, "needle", "by_length"),
         "retrieval-by-length": by_group(records, every, "retrieval", "by_length"),
         "retrieval-by-kind": by_group(records, every, "retrieval", "by_kind"),
-        "retrieval-kinds-by-length": kinds_by_length(records, "full/balanced"),
+        "retrieval-kinds-by-length": kinds_by_length(records, SHOWN.rpartition("/")[0]),
         "needles": needles(records, images),
         "curves": curves(records, images),
         "two-gpus": two_gpus(records),

@@ -219,7 +219,7 @@ def check_gradient(norm: float, alone: Seen, dtype: torch.dtype, where: str) -> 
     assert alone.grad_norm is not None
     return at_most(
         "gradient norm = plain transformers",
-        abs(norm - alone.grad_norm) / alone.grad_norm,
+        relative(norm, alone.grad_norm),
         GRADIENT[dtype],
         f"{norm:.6f} and {alone.grad_norm:.6f}, {where}",
         "gradients are scaled wrongly, which Adam would hide: this is a defect, please report it",
@@ -236,9 +236,9 @@ def check_weights(ours: Seen, alone: Seen, average: str) -> Check:
     """Each loss is what the paper's Eq. 2, Eq. 3 or a mean over targets makes of the targets' own, in any precision."""
     wanted = {name: float(ours.nll @ alone.weights[mean]) for name, _, mean in _named(ours.losses, average)}
     error = {name: relative(value, wanted[name]) for name, value in ours.losses.items()}
-    worst = max(error, key=lambda name: (math.isnan(error[name]), error[name]))
-    detail = f"{worst}: {ours.losses[worst]:.6f} and {wanted[worst]:.6f} of {len(ours.nll)} targets"
-    return at_most("loss: every target's weight", error[worst], WEIGHTS, detail, LOSS_ADVICE)
+    name = worst(error, dict.fromkeys(error, WEIGHTS))
+    detail = f"{name}: {ours.losses[name]:.6f} and {wanted[name]:.6f} of {len(ours.nll)} targets"
+    return at_most("loss: every target's weight", error[name], WEIGHTS, detail, LOSS_ADVICE)
 
 
 def check_losses(
@@ -256,11 +256,16 @@ def check_losses(
             limit[name] = max(limit[name], ROUNDINGS * relative(rounding, 0, alone.losses[mean]))
             if limit[name] > LOSS_AT_MOST:
                 limit[name], advice = LOSS_AT_MOST, f"{LOSS_ADVICE}, unless more verify.tokens or verify.packs mend it"
-    worst = max(error, key=lambda name: (math.isnan(error[name]), error[name] / limit[name]))
-    detail = f"{average}: {ours['trained']:.6f} and {alone.losses[average]:.6f}; worst: {worst}"
-    return at_most(f"loss = plain transformers ({where})", error[worst], limit[worst], detail, advice)
+    name = worst(error, limit)
+    detail = f"{average}: {ours['trained']:.6f} and {alone.losses[average]:.6f}; worst: {name}"
+    return at_most(f"loss = plain transformers ({where})", error[name], limit[name], detail, advice)
 
 
 def relative(value: float, wanted: float, of: float | None = None) -> float:
     """How far value is from what is wanted, in parts of it or of `of`."""
     return abs(value - wanted) / max(abs(wanted if of is None else of), 1e-30)
+
+
+def worst(error: dict[str, float], limit: dict[str, float]) -> str:
+    """Which error is the largest part of its limit; a NaN before all others."""
+    return max(error, key=lambda name: (math.isnan(error[name]), error[name] / limit[name]))

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -243,6 +242,6 @@ def check_one_rank(config: Config, scratch: Path, step: dict[str, Any], dtype: t
     }
     limit = {"loss": models.LOSS[dtype], "norm": models.GRADIENT[dtype]}
     apart = {key: models.relative(a, b) for key, (a, b) in pairs.items()}
-    worst = max(apart, key=lambda key: (math.isnan(apart[key]), apart[key] / limit[key]))
+    worst = models.worst(apart, limit)
     detail = f"{ranks} ranks; " + ", ".join(f"{key} {a:.6f} and {b:.6f}" for key, (a, b) in pairs.items())
     return at_most(name, apart[worst], limit[worst], detail, DEFECT)
