@@ -31,6 +31,8 @@ from longalign.train.engine import build_engine
 from longalign.train.trace import Trace
 from longalign.train.worker import end, join, leave, out_of_memory_told, over_ranks, train_step
 
+TILE = 128  # tokens; flash-attn-4 has another kernel for a document within one tile, which idle ranks and few packs run
+
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
     """A step as training makes it, timed to the sum of losses that all ranks wait for."""
@@ -67,14 +69,22 @@ def micro_seconds(trace: Trace) -> list[float]:
 def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack]) -> list[Pack]:
     """A step that runs the costliest pack, the fullest and the smallest, each on all ranks at a time.
 
+    Also the smallest of one document and of several, for which attention has kernels of their own, and last a pack on
+    the first rank alone while the others are idle. Which of them compile on the way is not to be timed, and ranks that
+    meet them at different steps would wait for each other's.
     width: packs of a micro-step, over all ranks. ran: those of earlier strategies; within their bounds nothing is new.
     """
     packs = [pack for step in steps for pack in step]
     sizes = (lambda pack: pack.cost, lambda pack: pack.tokens, lambda pack: -pack.tokens)
     extremes = [(size, max(packs, key=size)) for size in sizes]
     new = [pack for size, pack in extremes if all(size(other) < size(pack) for other in ran)]
-    unlike = {tuple(pack.sample_ids): pack for pack in new}
-    return [pack for pack in unlike.values() for _ in range(width)]
+    for several in (False, True):
+        of_kind = lambda pack, several=several: pack.tokens > TILE and (len(pack.sample_ids) > 1) == several
+        if not any(map(of_kind, ran)):
+            new += sorted(filter(of_kind, packs), key=sizes[1])[:1]
+    unlike = list({tuple(pack.sample_ids): pack for pack in new}.values())
+    alone = sorted(unlike, key=sizes[0])[:1] if width > 1 else []
+    return [pack for pack in unlike for _ in range(width)] + alone
 
 
 def measure(

@@ -34,9 +34,9 @@ from longalign.stats import ranks_of, strategies
 
 STEPS = 100  # of a plan that are timed, evenly spread
 CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
-# Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Measured when
-# every module's weights were gathered apart (docs/performance-log.md); whole layers since, which is not measured yet.
-HOOKS = 0.042
+# Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Two and four
+# H200s, the median of 32 layers' (docs/performance-log.md).
+HOOKS = 0.017
 
 
 def plan(config: Config, dry_run: bool) -> int:

@@ -164,10 +164,27 @@ def test_only_what_is_new_is_warmed_up(words: list[str], tmp_path: Path) -> None
     works = prepared([*words, items("packing", "naive", "sorted")], tmp_path)[1]
     packs = {item: [pack for step in work.steps for pack in step] for item, work in works.items()}
     new = lambda item, *before: ranks.warm_up_packs(works[item].steps, 2, [p for b in before for p in packs[b]])
-    smallest = [min(packs["naive"], key=lambda pack: pack.tokens)] * 2
+    smallest = [min(packs["naive"], key=lambda pack: pack.tokens)] * 3
     assert {pack.tokens for pack in new("packing")} >= {max(pack.tokens for pack in packs["packing"])}
     assert new("naive", "packing") == smallest
     assert new("sorted", "packing", "naive") == new("naive", "sorted") == []
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_kernels_of_every_kind_are_warmed_up(width: int) -> None:
+    """One document, several, one within a tile, and ranks without a pack beside one that has: none is met while timed."""
+    pack = lambda first, tokens, documents: Pack([first + n for n in range(documents)], tokens, documents, 1, tokens**2)
+    steps = [
+        [pack(0, 500, 4), pack(10, 480, 1), pack(20, 300, 2)],
+        [pack(30, 200, 1), pack(40, 90, 3)],
+        [pack(50, 9, 1)],
+    ]
+    seen = lambda ran: [p.sample_ids[0] for p in ranks.warm_up_packs(steps, width, ran)]
+    alone = [50] if width > 1 else []
+    assert seen([]) == [first for first in (0, 50, 30, 20) for _ in range(width)] + alone
+    several = [pack(60, 600, 2), pack(70, 5, 2)]
+    assert seen(several) == [30] * width + ([30] if width > 1 else [])
+    assert seen([*several, pack(80, 400, 1)]) == []
 
 
 @pytest.mark.parametrize("item", ITEMS)

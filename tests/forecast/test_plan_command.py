@@ -175,20 +175,23 @@ def test_a_dry_run_tells_what_is_kept(run_config: Callable[..., Config], tmp_pat
     assert planned.endswith("kept: everything")
 
 
-@pytest.mark.parametrize("file", ["h200_2x_llama2_7b.json", "h200_2x_llama2_7b_budget.json"])
-def test_two_gpus_take_what_they_were_measured_to(file: str, base_words: list[str]) -> None:
-    """An epoch of each strategy on two H200s, ZeRO-3: within 15%. Of naive, with parts that sorted did twice as fast
-    from the same samples, within a quarter."""
-    measured = json.loads((Path(__file__).parents[2] / "bench" / file).read_text())
-    words = ["cluster.zero_stage=3", "cluster.processes=2", "cluster.offload_optimizer=false"]
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_gpus_take_what_they_were_measured_to(gpus: int, base_words: list[str]) -> None:
+    """Every step of an epoch on two and four H200s, ZeRO-3, but those in which kernels compiled: within 15%."""
+    measured = json.loads((Path(__file__).parents[2] / f"bench/h200_{gpus}x_llama2_7b.json").read_text())
+    words = ["cluster.zero_stage=3", f"cluster.processes={gpus}", "cluster.offload_optimizer=false"]
     words += [f"activations={measured['activations']}", "cluster.device=cuda"]
     site = site_of(base_words, *words)._replace(host=500e9)
     extra = run.optimizer_seconds(site.config, site.parameters, H200)
     for row in measured["rows"]:
-        packs = [[np.array(pack) for pack in step] for step in row["packs"]]
-        found = {"steps": len(packs), "packs": packs, "costs": row["costs"]}
-        told = run.forecast(found, site, run.exchange(site), extra, 1.0)
-        off = 0.25 if row["strategy"] == "naive" else 0.15
-        print(row["strategy"], row["seconds"], told["seconds_per_step"] * len(packs), row["peak_gib"], told["peak_gib"])
-        assert told["seconds_per_step"] * len(packs) == pytest.approx(row["seconds"], rel=off), row["strategy"]
-        assert told["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
+        peaks = []
+        for packs, costs, took in zip(row["packs"], row["costs"], row["steps"], strict=True):
+            found = {"steps": 1, "packs": [[np.array(pack) for pack in packs]], "costs": [costs]}
+            told = run.forecast(found, site, run.exchange(site), extra, 1.0)
+            peaks.append(told["peak_gib"])
+            print(
+                gpus, row["strategy"], took["seconds"], "compiled" in took, told["seconds_per_step"], told["peak_gib"]
+            )
+            if not took.get("compiled"):
+                assert told["seconds_per_step"] == pytest.approx(took["seconds"], rel=0.15), row["strategy"]
+        assert max(peaks) == pytest.approx(row["peak_gib"], rel=0.15)
