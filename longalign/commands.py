@@ -148,7 +148,7 @@ def stats(config: Config, dry_run: bool) -> int:
 
     data = read_data(config.data_dir)[1]
     if dry_run:
-        names = ", ".join(module.strategies(config))
+        names = ", ".join(module.strategies())
         console.print(f"{config.data_dir}, {data['samples']:,} samples; strategies {names} -> {config.output_dir}")
         return 0
     report = module.stats(config)

@@ -31,14 +31,15 @@ BINS = 64
 def stats(config: Config) -> dict[str, Any]:
     """Write stats.json and lengths.png into output_dir; returns what stats.json holds. Raises UserError."""
     dataset, data = read_data(config.data_dir)
-    columns, chosen, ranks = read_columns(dataset), strategies(config), ranks_of(config)
+    columns, chosen, ranks = read_columns(dataset), strategies(), ranks_of(config)
     groups = max(1, ranks // config.cluster.sequence_parallel)  # that packs are dealt to
     planned, refused = {}, {}
     with fresh_folder(Path(config.output_dir or ""), OURS, overwrite=True) as folder:
         with Bar("stats", len(chosen), "strategies") as bar:
-            for name, strategy in chosen.items():
+            for name in chosen:
                 try:
-                    planned[name] = strategy_stats(config.model_copy(update={"strategy": strategy}), data, groups)
+                    mine = config.model_copy(update={"strategy": strategy_of(name, config)})
+                    planned[name] = strategy_stats(mine, data, groups)
                 except UserError as error:  # one may not go with a setting, such as sorted with shuffle=false
                     refused[name] = str(error)
                 bar.advance(1, note=name)
@@ -138,10 +139,24 @@ def draw_lengths(columns: Columns, path: Path, title: str) -> None:
 # -- strategies -----------------------------------------------------------------------------------------------
 
 
-def strategies(config: Config) -> dict[str, Strategy]:
-    """Every strategy of conf/ with its defaults; the one that the command names, with its overrides."""
-    found = {name: compose_config("group", [f"strategy={name}"]).strategy for name in groups()["strategy"]}
-    return {**found, config.strategy.name: config.strategy}
+def strategies() -> list[str]:
+    """The names of all strategies of conf/."""
+    return groups()["strategy"]
+
+
+def strategy_of(item: str, config: Config) -> Strategy:
+    """The strategy that `NAME key=value ...` means; the command line's strategy.key=value hold where it says nothing.
+
+    Raises UserError.
+    """
+    name, *settings = item.split() or [""]
+    defaults = compose_config("group", [f"strategy={config.strategy.name}"]).strategy.model_dump()
+    given = {key: value for key, value in config.strategy.model_dump().items() if value != defaults[key]}
+    words = [f"strategy.{key}={'null' if value is None else value}" for key, value in given.items()]
+    try:
+        return compose_config("group", [f"strategy={name}", *words, *(f"strategy.{s}" for s in settings)]).strategy
+    except UserError as error:
+        raise UserError(f"strategy {item!r}: {error}") from None
 
 
 def ranks_of(config: Config) -> int:

@@ -40,8 +40,9 @@ def tokenised(tmp_path: Path, base_words: list[str]) -> Data:
 
 @pytest.fixture
 def make(base_words: list[str], data_dir: Path) -> Callable[..., Config]:
+    steps = ["strategy.packs_per_step=2", "strategy.strata=1"]
     return lambda folder, *words: compose_config(
-        "stats", [*base_words, f"data_dir={data_dir}", f"output_dir={folder}", "strategy.packs_per_step=2", *words]
+        "stats", [*base_words, f"data_dir={data_dir}", f"output_dir={folder}", *steps, *words]
     )
 
 
@@ -100,6 +101,17 @@ def test_a_fresh_plan_is_used(tmp_path: Path, make: Callable[..., Config], data_
     read = stats(config)["strategies"]["sorted"]
     assert (made.pop("plan"), read.pop("plan")) == ("made for these figures", str(data / "plans" / "sorted"))
     assert made == read
+
+
+def test_a_setting_of_the_command_holds_for_every_strategy(tmp_path: Path, make: Callable[..., Config]) -> None:
+    report = stats(make(tmp_path / "out", "strategy=naive", "strategy.batch_size=3", "strategy.packs_per_step=1"))
+    found = report["strategies"]
+    assert {name for name, made in found.items() if made["steps"] == made["packs"]} >= {"packing", "balanced"}
+    samples, epochs = report["samples"], found["naive"]["epochs"]
+    assert {found[name]["steps"] for name in ("naive", "sorted")} == {epochs * -(-samples // 3)}
+    refused = stats(make(tmp_path / "out", "strategy.packs_per_step=6", "strategy.strata=4"))["strategies_refused"]
+    assert set(refused) == {"balanced"}
+    assert "strategy.strata=4 does not divide" in refused["balanced"], "as it would be in training"
 
 
 def test_a_setting_that_no_strategy_takes(tmp_path: Path, make: Callable[..., Config]) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from longalign.bench.plot import plot_strategies
 from longalign.bench.summary import Work, work_of
 from longalign.cluster.workers import run_workers
-from longalign.config import compose_config, to_yaml
+from longalign.config import to_yaml
 from longalign.data.plan import group, read_data
 from longalign.errors import UserError
 from longalign.files import disk_errors, read_json, versions, write_json, write_text
@@ -30,6 +30,7 @@ from longalign.model.load import load_config
 from longalign.preflight import check_memory, count_parameters
 from longalign.progress import clock, console, warn
 from longalign.schema import Config, Strategy
+from longalign.stats import strategy_of
 
 
 def bench(config: Config, dry_run: bool) -> int:
@@ -57,21 +58,6 @@ def bench(config: Config, dry_run: bool) -> int:
         plot_strategies(report, output / "bench.png")
         console.print(f"written: {output}/bench.json, bench.png")
     return code
-
-
-def strategy_of(item: str, config: Config) -> Strategy:
-    """The strategy that `NAME key=value ...` means; the command line's strategy.key=value hold where it says nothing.
-
-    Raises UserError.
-    """
-    name, *settings = item.split() or [""]
-    defaults = compose_config("group", [f"strategy={config.strategy.name}"]).strategy.model_dump()
-    given = {key: value for key, value in config.strategy.model_dump().items() if value != defaults[key]}
-    words = [f"strategy.{key}={'null' if value is None else value}" for key, value in given.items()]
-    try:
-        return compose_config("group", [f"strategy={name}", *words, *(f"strategy.{s}" for s in settings)]).strategy
-    except UserError as error:
-        raise UserError(f"bench.strategies, {item!r}: {error}") from None
 
 
 def check_ids(config: Config) -> None:

@@ -30,7 +30,7 @@ from longalign.model.load import load_config
 from longalign.preflight import check_sequence_parallel, count_parameters
 from longalign.progress import Bar, console, warn
 from longalign.schema import Config
-from longalign.stats import ranks_of, strategies
+from longalign.stats import ranks_of, strategies, strategy_of
 
 STEPS = 100  # of a plan that are timed, evenly spread
 CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
@@ -49,16 +49,17 @@ def plan(config: Config, dry_run: bool) -> int:
     parameters, lengths = count_parameters(config), lengths_of(dataset)
     site = Site.of(config, parameters, gpu)
     config = site.config
-    chosen = strategies(config)
+    chosen = strategies()
     if dry_run:
         console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(chosen)} on {ranks} x {gpu.name}")
         return 0
     steps: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     with Bar("plan", len(chosen), "strategies") as bar:
-        for name, strategy in chosen.items():
+        for name in chosen:
             try:
-                steps[name] = steps_of(config.model_copy(update={"strategy": strategy}), data, lengths)
+                mine = config.model_copy(update={"strategy": strategy_of(name, config)})
+                steps[name] = steps_of(mine, data, lengths)
             except UserError as error:
                 refused[name] = str(error)
             bar.advance(1, note=name)
