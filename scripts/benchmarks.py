@@ -44,7 +44,7 @@ STRATEGIES = ["packing packer=next_fit", "packing packer=best_fit", "balanced", 
 ON_GPU = "cluster.offload_optimizer=false"
 # One pack a GPU and step: with several, neighbours among them are alike, and few GPUs have little to wait for.
 STEP = ("strategy.strata=1", "bench.warm_up=1")
-SAMPLES = 61  # of the epoch, for every GPU: their packs nearly fill the last step of 2, 4 and 8
+SAMPLES = {2: 122, 4: 244, 8: 520}  # of an epoch on so many GPUs: best-fit and balanced packs fill its steps
 LONGEST = {1: 393_216, 2: 524_288, 4: 1_048_576, 8: 2_097_152}  # tokens
 
 
@@ -76,7 +76,7 @@ def epoch_stages(n: int, lengths: Path, also: Words) -> Iterator[Stage]:
     """An epoch on n GPUs. One GPU runs what two do, with the optimizer's states beside the weights, by `balanced`."""
     data, packs = f"epoch-{max(n, 2)}", max(n, 2)
     if n != 2:
-        yield data_stage(data, str(lengths), str(TOKENS / data), f"--samples={SAMPLES * packs}")
+        yield data_stage(data, str(lengths), str(TOKENS / data), f"--samples={SAMPLES[packs]}")
     stage, items = (1, ["balanced"]) if n == 1 else (3, STRATEGIES)
     where = [f"data_dir={TOKENS / data}", "max_length=65536", f"cluster.zero_stage={stage}", ON_GPU]
     how = [f"strategy.packs_per_step={packs}", *STEP, f"bench.strategies={json.dumps(items)}"]

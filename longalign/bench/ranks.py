@@ -11,17 +11,19 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from bisect import bisect_left
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 
 from longalign.bench.summary import Work, summarise, work_of
 from longalign.config import load_frozen
-from longalign.data.plan import Pack, read_data
+from longalign.data.plan import Pack, lengths_of, read_data
 from longalign.errors import UserError
 from longalign.files import read_json, write_json, write_text
 from longalign.progress import Bar
@@ -31,7 +33,7 @@ from longalign.train.engine import build_engine
 from longalign.train.trace import Trace
 from longalign.train.worker import end, join, leave, out_of_memory_told, over_ranks, train_step
 
-TILE = 128  # tokens; flash-attn-4 has another kernel for a document within one tile, which idle ranks and few packs run
+SIZES = (lambda pack: pack.cost, lambda pack: pack.tokens)
 
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
@@ -66,24 +68,32 @@ def micro_seconds(trace: Trace) -> list[float]:
     return [sum(seconds for seconds, _ in of_one) for _, of_one in groupby(slices, key=lambda piece: id(piece[1]))]
 
 
-def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack]) -> list[Pack]:
-    """A step that runs the costliest pack, the fullest and the smallest, each on all ranks at a time.
+def kernels_of(documents: np.ndarray) -> tuple[int, int]:
+    """A class of micro-steps that the same attention kernels run, by their documents' lengths.
 
-    Also the smallest of one document and of several, for which attention has kernels of their own, and last a pack on
-    the first rank alone while the others are idle. Which of them compile on the way is not to be timed, and ranks that
-    meet them at different steps would wait for each other's.
+    flash-attn-4 (flash_attn.cute.interface) has other ones for one document, for several and for more than 256, and for
+    documents that are all within a tile, which has 64, 128 or 192 tokens.
+    """
+    return bisect_left((1, 256), len(documents)), bisect_left((64, 128, 192), documents.max())
+
+
+def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack], lengths: np.ndarray) -> list[Pack]:
+    """A step that runs the costliest pack, the fullest, and the smallest of every kind of kernel, each on all ranks.
+
+    The last pack runs on the first rank alone, so that the others are idle once. Kernels are compiled when they are
+    first met: in a step that is timed, all ranks would wait for the one that meets it.
+    Packs that a micro-step joins (cluster.packs_per_micro_step) may still meet a kernel as they end with a single one.
     width: packs of a micro-step, over all ranks. ran: those of earlier strategies; within their bounds nothing is new.
     """
     packs = [pack for step in steps for pack in step]
-    sizes = (lambda pack: pack.cost, lambda pack: pack.tokens, lambda pack: -pack.tokens)
-    extremes = [(size, max(packs, key=size)) for size in sizes]
-    new = [pack for size, pack in extremes if all(size(other) < size(pack) for other in ran)]
-    for several in (False, True):
-        of_kind = lambda pack, several=several: pack.tokens > TILE and (len(pack.sample_ids) > 1) == several
-        if not any(map(of_kind, ran)):
-            new += sorted(filter(of_kind, packs), key=sizes[1])[:1]
+    new = [max(packs, key=size) for size in SIZES]
+    new = [pack for pack, size in zip(new, SIZES, strict=True) if all(size(other) < size(pack) for other in ran)]
+    kind = lambda pack: kernels_of(lengths[pack.sample_ids])
+    met = {kind(pack) for pack in ran}
+    smallest = {kind(pack): pack for pack in sorted(packs, key=lambda pack: -pack.tokens)}
+    new += [pack for its, pack in sorted(smallest.items()) if its not in met]
     unlike = list({tuple(pack.sample_ids): pack for pack in new}.values())
-    alone = sorted(unlike, key=sizes[0])[:1] if width > 1 else []
+    alone = sorted(unlike, key=lambda pack: pack.cost)[:1] if width > 1 else []
     return [pack for pack in unlike for _ in range(width)] + alone
 
 
@@ -93,7 +103,7 @@ def measure(
     """Every step of the work, after bench.warm_up steps of what is unlike all packs that earlier strategies ran."""
     cluster = config.cluster
     width = cluster.ranks // cluster.sequence_parallel * cluster.packs_per_micro_step
-    new = warm_up_packs(work.steps, width, ran)
+    new = warm_up_packs(work.steps, width, ran, lengths_of(dataset))
     for _ in range(config.bench.warm_up if new else 0):
         run_step(engine, dataset, new, config, breakdown)
     rows = []

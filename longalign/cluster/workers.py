@@ -20,7 +20,6 @@ from longalign.train.heartbeat import DUMP, read
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-KERNELS = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # flash-attn-4 keeps what it compiled, for other ranks and runs
 TAIL = 4000  # bytes of a failed rank's log that are shown
 
 
@@ -63,7 +62,6 @@ def common_environment(config: Config) -> dict[str, str]:
     made = {
         "DS_ACCELERATOR": "cpu" if cpu else "cuda",
         ALLOCATOR: allocator(config),
-        KERNELS: os.environ.get(KERNELS, "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if cpu:

@@ -34,8 +34,8 @@ from longalign.stats import ranks_of, strategies, strategy_of
 
 STEPS = 100  # of a plan that are timed, evenly spread
 CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
-# Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Two and four
-# H200s, the median of 32 layers' (docs/performance-log.md).
+# Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Naive's median
+# micro-step through 32 layers, over 32, on two and four H200s: 0.018 and 0.017 (docs/performance-log.md).
 HOOKS = 0.017
 
 

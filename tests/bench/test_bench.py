@@ -16,7 +16,7 @@ import pytest
 from longalign.bench import run
 from longalign.bench.layouts import lengths
 from longalign.bench.plot import plot
-from longalign.cluster.workers import ALLOCATOR, KERNELS, common_environment, set_allocator
+from longalign.cluster.workers import ALLOCATOR, common_environment, set_allocator
 from longalign.config import compose_config
 from longalign.errors import UserError
 from longalign.schema import Config
@@ -100,19 +100,6 @@ def test_gpu_memory_is_taken_as_workers_take_it(
     assert common_environment(config)[ALLOCATOR] == setting
     set_allocator(config)
     assert os.environ[ALLOCATOR] == setting
-
-
-@pytest.mark.parametrize(
-    ("given", "words", "setting"),
-    [(None, [], "1"), ("0", [], "0"), ("1", [f"cluster.env={{{KERNELS}: '0'}}"], "0")],
-)
-def test_compiled_kernels_are_kept_unless_told(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, words: list[str], setting: str
-) -> None:
-    monkeypatch.delenv(KERNELS, raising=False)
-    if given:
-        monkeypatch.setenv(KERNELS, given)
-    assert common_environment(compose_config("bench", [*WORDS, *words]))[KERNELS] == setting
 
 
 @pytest.mark.parametrize("command", ["bench", "plan"])

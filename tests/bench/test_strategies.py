@@ -21,6 +21,7 @@ from longalign.bench.summary import Work, idle_share, summarise, work_of
 from longalign.bench.tokens import write_random
 from longalign.config import compose_config
 from longalign.data.batch import load_batch
+from longalign.data.packing import deal
 from longalign.data.plan import Pack, read_data
 from longalign.errors import UserError
 from longalign.model.cost import Cost, PackSeconds
@@ -161,38 +162,57 @@ class FakeTraining:
 
 
 def test_only_what_is_new_is_warmed_up(words: list[str], tmp_path: Path) -> None:
-    """Naive after packing has smaller packs, but none that is costlier or fuller; sorted after naive has neither."""
+    """Naive after packing has packs of other kernels, but none costlier or fuller; sorted after naive has neither."""
     works = prepared([*words, items("packing", "naive", "sorted")], tmp_path)[1]
     packs = {item: [pack for step in work.steps for pack in step] for item, work in works.items()}
-    new = lambda item, *before: ranks.warm_up_packs(works[item].steps, 2, [p for b in before for p in packs[b]])
-    smallest = [min(packs["naive"], key=lambda pack: pack.tokens)] * 3
+    before = lambda items: [pack for item in items for pack in packs[item]]
+    new = lambda item, *ran: ranks.warm_up_packs(works[item].steps, 2, before(ran), LENGTHS)
     assert {pack.tokens for pack in new("packing")} >= {max(pack.tokens for pack in packs["packing"])}
-    assert new("naive", "packing") == smallest
+    assert [pack.tokens for pack in new("naive", "packing")] == [10, 10, 70, 70, 160, 160, 10]
     assert new("sorted", "packing", "naive") == new("naive", "sorted") == []
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_kernels_of_every_kind_are_warmed_up(width: int) -> None:
-    """One document, several, one within a tile, and ranks without a pack beside one that has: none is met while timed."""
-    pack = lambda first, tokens, documents: Pack([first + n for n in range(documents)], tokens, documents, 1, tokens**2)
-    steps = [
-        [pack(0, 500, 4), pack(10, 480, 1), pack(20, 300, 2)],
-        [pack(30, 200, 1), pack(40, 90, 3)],
-        [pack(50, 9, 1)],
-    ]
-    seen = lambda ran: [p.sample_ids[0] for p in ranks.warm_up_packs(steps, width, ran)]
-    alone = [50] if width > 1 else []
-    assert seen([]) == [first for first in (0, 50, 30, 20) for _ in range(width)] + alone
-    several = [pack(60, 600, 2), pack(70, 5, 2)]
-    assert seen(several) == [30] * width + ([30] if width > 1 else [])
-    assert seen([*several, pack(80, 400, 1)]) == []
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_rank_meets_every_kernel_before_it_is_timed(groups: int) -> None:
+    """Those of random packs, dealt as in training, and that of a rank without a pack; costliest and fullest, too."""
+    random = np.random.default_rng(groups)
+    for _ in range(50):
+        lengths = random.choice([3, 60, 64, 65, 90, 128, 129, 500, 5000], size=40)
+        cuts = np.sort(random.choice(np.arange(1, 40), size=int(random.integers(1, 39)), replace=False))
+        samples = np.split(np.arange(40), cuts)
+        packs = [Pack(s.tolist(), int(lengths[s].sum()), len(s), 1, float((lengths[s] ** 2).sum())) for s in samples]
+        warm = ranks.warm_up_packs([packs[:7], packs[7:]], groups, [], lengths)
+        met: list[set[tuple[int, int] | None]] = [set() for _ in range(groups)]
+        for micro in deal([pack.cost for pack in warm], groups, 1):
+            for group, mine in enumerate(micro):
+                met[group] |= {ranks.kernels_of(lengths[warm[mine[0]].sample_ids]) if mine else None}
+        assert all(of_group >= {ranks.kernels_of(lengths[pack.sample_ids]) for pack in packs} for of_group in met)
+        assert all(None in of_group for of_group in met[1:]), "only the first has a pack at every micro-step"
+        assert {max(p.cost for p in packs), max(p.tokens for p in packs)} <= {
+            x for p in warm for x in (p.cost, p.tokens)
+        }
+
+
+@pytest.mark.parametrize(
+    ("documents", "alike", "unlike"),
+    [
+        ([1000], [200], [1000, 1000]),  # one document has no cu_seqlens
+        ([40], [64], [65]),  # tiles of the backward pass
+        ([70, 128], [65, 3], [129, 3]),
+        ([9] * 256, [9, 9], [9] * 257),  # where a table of tiles is looked up
+    ],
+)
+def test_kernels_by_documents(documents: list[int], alike: list[int], unlike: list[int]) -> None:
+    kernels = lambda lengths: ranks.kernels_of(np.array(lengths))
+    assert kernels(documents) == kernels(alike) != kernels(unlike)
 
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_every_sample_is_run_once(item: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, works = prepared([*words, items(item), "bench.warm_up=2"], tmp_path)
     fake, work = FakeTraining(monkeypatch), works[item]
-    rows = ranks.measure(SimpleNamespace(device=torch.device("cpu")), None, work, config, None, [], item)  # type: ignore[arg-type]
+    dataset, engine = read_data(config.data_dir)[0], SimpleNamespace(device=torch.device("cpu"))
+    rows = ranks.measure(engine, dataset, work, config, None, [], item)  # type: ignore[arg-type]
     warm, timed = fake.steps[:2], fake.steps[2:]
     assert sorted(sample for step in timed for sample in step) == list(range(len(LENGTHS)))
     assert all(0 in step and step.count(0) % 2 == 0 for step in warm), "the longest sample, on both ranks"

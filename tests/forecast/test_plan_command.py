@@ -177,12 +177,14 @@ def test_a_dry_run_tells_what_is_kept(run_config: Callable[..., Config], tmp_pat
 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_gpus_take_what_they_were_measured_to(gpus: int, base_words: list[str]) -> None:
-    """Every step of an epoch on two and four H200s, ZeRO-3, but those in which kernels compiled: within 15%."""
+    """Every step of an epoch on two and four H200s, ZeRO-3: within 15%, but for the few in which kernels compiled."""
     measured = json.loads((Path(__file__).parents[2] / f"bench/h200_{gpus}x_llama2_7b.json").read_text())
     words = ["cluster.zero_stage=3", f"cluster.processes={gpus}", "cluster.offload_optimizer=false"]
     words += [f"activations={measured['activations']}", "cluster.device=cuda"]
     site = site_of(base_words, *words)._replace(host=500e9)
     extra = run.optimizer_seconds(site.config, site.parameters, H200)
+    compiled = [step for row in measured["rows"] for step in row["steps"] if step.get("compiled")]
+    assert len(compiled) <= gpus
     for row in measured["rows"]:
         peaks = []
         for packs, costs, took in zip(row["packs"], row["costs"], row["steps"], strict=True):
@@ -192,6 +194,8 @@ def test_gpus_take_what_they_were_measured_to(gpus: int, base_words: list[str]) 
             print(
                 gpus, row["strategy"], took["seconds"], "compiled" in took, told["seconds_per_step"], told["peak_gib"]
             )
-            if not took.get("compiled"):
+            if took in compiled:
+                assert 2.5 < took["seconds"] - told["seconds_per_step"] < 10, "of which a few seconds are compiling"
+            else:
                 assert told["seconds_per_step"] == pytest.approx(took["seconds"], rel=0.15), row["strategy"]
         assert max(peaks) == pytest.approx(row["peak_gib"], rel=0.15)
