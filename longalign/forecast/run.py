@@ -37,6 +37,8 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 # Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Naive's median
 # micro-step through 32 layers, over 32, on two and four H200s: 0.018 and 0.017 (docs/performance-log.md).
 HOOKS = 0.017
+# A pass under ZeRO-3 over the same alone: its exchange runs beside it. Median of 35 steps on two and four H200s.
+BESIDE = 1.065
 
 
 def plan(config: Config, dry_run: bool) -> int:
@@ -132,6 +134,7 @@ def forecast(found: dict[str, Any], site: Site, exchanged: float, step_extra: fl
     seconds, busy, tokens, most = 0.0, 0.0, 0, Pass(0.0, 0.0, "")
     cluster = site.config.cluster
     ranks, groups = cluster.ranks, cluster.ranks // cluster.sequence_parallel  # that packs are dealt to
+    beside = BESIDE if ranks > 1 and cluster.zero_stage == 3 else 1.0
     for packs, costs in zip(found["packs"], found["costs"], strict=True):
         for micro in deal(costs, groups, cluster.packs_per_micro_step):
             passes: list[Pass] = []
@@ -139,7 +142,7 @@ def forecast(found: dict[str, Any], site: Site, exchanged: float, step_extra: fl
                 passes.append(site.estimate(documents))
                 if not site.fits(passes[-1]):
                     raise UserError(does_not_fit(site, documents))
-            times = [one.seconds * factor for one in passes]
+            times = [one.seconds * factor * beside for one in passes]
             seconds += max(*times, exchanged)
             busy += sum(times) / groups
             most = max(most, *passes, key=lambda one: one.peak)

@@ -177,7 +177,7 @@ def test_a_dry_run_tells_what_is_kept(run_config: Callable[..., Config], tmp_pat
 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_gpus_take_what_they_were_measured_to(gpus: int, base_words: list[str]) -> None:
-    """Every step of an epoch on two and four H200s, ZeRO-3: within 15%, but for the few in which kernels compiled."""
+    """Every step of an epoch on two and four H200s, ZeRO-3: within 10%, but for the few in which kernels compiled."""
     measured = json.loads((Path(__file__).parents[2] / f"bench/h200_{gpus}x_llama2_7b.json").read_text())
     words = ["cluster.zero_stage=3", f"cluster.processes={gpus}", "cluster.offload_optimizer=false"]
     words += [f"activations={measured['activations']}", "cluster.device=cuda"]
@@ -195,7 +195,7 @@ def test_gpus_take_what_they_were_measured_to(gpus: int, base_words: list[str]) 
                 gpus, row["strategy"], took["seconds"], "compiled" in took, told["seconds_per_step"], told["peak_gib"]
             )
             if took in compiled:
-                assert 2.5 < took["seconds"] - told["seconds_per_step"] < 10, "of which a few seconds are compiling"
+                assert 2 < took["seconds"] - told["seconds_per_step"] < 10, "of which a few seconds are compiling"
             else:
-                assert told["seconds_per_step"] == pytest.approx(took["seconds"], rel=0.15), row["strategy"]
+                assert told["seconds_per_step"] == pytest.approx(took["seconds"], rel=0.1), row["strategy"]
         assert max(peaks) == pytest.approx(row["peak_gib"], rel=0.15)
