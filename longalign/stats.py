@@ -153,10 +153,7 @@ def strategy_of(item: str, config: Config) -> Strategy:
     defaults = compose_config("group", [f"strategy={config.strategy.name}"]).strategy.model_dump()
     given = {key: value for key, value in config.strategy.model_dump().items() if value != defaults[key]}
     words = [f"strategy.{key}={'null' if value is None else value}" for key, value in given.items()]
-    try:
-        return compose_config("group", [f"strategy={name}", *words, *(f"strategy.{s}" for s in settings)]).strategy
-    except UserError as error:
-        raise UserError(f"strategy {item!r}: {error}") from None
+    return compose_config("group", [f"strategy={name}", *words, *(f"strategy.{s}" for s in settings)]).strategy
 
 
 def ranks_of(config: Config) -> int:

@@ -38,7 +38,12 @@ def bench(config: Config, dry_run: bool) -> int:
     if config.cluster.launcher != "local":
         raise UserError(f"bench runs on this machine alone: cluster=auto instead of cluster={config.cluster.name}")
     config = resolve(config)
-    chosen = {item: strategy_of(item, config) for item in config.bench.strategies}
+    chosen: dict[str, Strategy] = {}
+    for item in config.bench.strategies:
+        try:
+            chosen[item] = strategy_of(item, config)
+        except UserError as error:
+            raise UserError(f"bench.strategies, {item!r}: {error}") from None
     check_ids(config)
     check_memory(config, count_parameters(config))
     if dry_run:

@@ -37,7 +37,7 @@ CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
 # Seconds a layer of DeepSpeed's hooks under ZeRO-3, in short micro-steps; they hide behind longer ones. Naive's median
 # micro-step through 32 layers, over 32, on two and four H200s: 0.018 and 0.017 (docs/performance-log.md).
 HOOKS = 0.017
-# A pass under ZeRO-3 over the same alone: its exchange runs beside it. Median of 35 steps on two and four H200s.
+# A pass under ZeRO-3 over the same alone: its exchange runs beside it. Median of 40 steps on two and four H200s.
 BESIDE = 1.065
 
 
