@@ -143,12 +143,13 @@ def watch(config: Config, dry_run: bool) -> int:
 
 
 def stats(config: Config, dry_run: bool) -> int:
+    from longalign import compare
     from longalign import stats as module
     from longalign.data.plan import read_data
 
     data = read_data(config.data_dir)[1]
     if dry_run:
-        names = ", ".join(module.strategies())
+        names = ", ".join(compare.names())
         console.print(f"{config.data_dir}, {data['samples']:,} samples; strategies {names} -> {config.output_dir}")
         return 0
     report = module.stats(config)

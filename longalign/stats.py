@@ -15,13 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from longalign.cluster.hostfile import count_nodes
-from longalign.config import compose_config, groups
+from longalign.compare import of_each
 from longalign.data.packing import idle_share, pack_tokens
 from longalign.data.plan import Columns, group, identity, is_fresh, read_columns, read_data
-from longalign.errors import UserError
 from longalign.files import fresh_folder, read_json, write_json
-from longalign.progress import Bar
-from longalign.schema import Config, Strategy
+from longalign.schema import Config
 
 OURS = ("stats.json", "lengths.png")
 TOLERATED_LOSS = 0.01  # share of a source's targets
@@ -31,20 +29,10 @@ BINS = 64
 def stats(config: Config) -> dict[str, Any]:
     """Write stats.json and lengths.png into output_dir; returns what stats.json holds. Raises UserError."""
     dataset, data = read_data(config.data_dir)
-    columns, chosen, ranks = read_columns(dataset), strategies(), ranks_of(config)
+    columns, ranks = read_columns(dataset), ranks_of(config)
     groups = max(1, ranks // config.cluster.sequence_parallel)  # that packs are dealt to
-    planned, refused = {}, {}
     with fresh_folder(Path(config.output_dir or ""), OURS, overwrite=True) as folder:
-        with Bar("stats", len(chosen), "strategies") as bar:
-            for name in chosen:
-                try:
-                    mine = config.model_copy(update={"strategy": strategy_of(name, config)})
-                    planned[name] = strategy_stats(mine, data, groups)
-                except UserError as error:  # one may not go with a setting, such as sorted with shuffle=false
-                    refused[name] = str(error)
-                bar.advance(1, note=name)
-        if not planned:
-            raise UserError(refused[config.strategy.name])
+        planned, refused = of_each(config, "stats", lambda mine: strategy_stats(mine, data, groups))
         report = {
             "data_dir": config.data_dir,
             "fingerprint": data["fingerprint"],
@@ -137,23 +125,6 @@ def draw_lengths(columns: Columns, path: Path, title: str) -> None:
 
 
 # -- strategies -----------------------------------------------------------------------------------------------
-
-
-def strategies() -> list[str]:
-    """The names of all strategies of conf/."""
-    return groups()["strategy"]
-
-
-def strategy_of(item: str, config: Config) -> Strategy:
-    """The strategy that `NAME key=value ...` means; the command line's strategy.key=value hold where it says nothing.
-
-    Raises UserError.
-    """
-    name, *settings = item.split() or [""]
-    defaults = compose_config("group", [f"strategy={config.strategy.name}"]).strategy.model_dump()
-    given = {key: value for key, value in config.strategy.model_dump().items() if value != defaults[key]}
-    words = [f"strategy.{key}={'null' if value is None else value}" for key, value in given.items()]
-    return compose_config("group", [f"strategy={name}", *words, *(f"strategy.{s}" for s in settings)]).strategy
 
 
 def ranks_of(config: Config) -> int:

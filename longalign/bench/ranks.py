@@ -33,8 +33,6 @@ from longalign.train.engine import build_engine
 from longalign.train.trace import Trace
 from longalign.train.worker import end, join, leave, out_of_memory_told, over_ranks, train_step
 
-SIZES = (lambda pack: pack.cost, lambda pack: pack.tokens)
-
 
 def run_step(engine: Any, dataset: Dataset, packs: list[Pack], config: Config, breakdown: Breakdown) -> dict[str, Any]:
     """A step as training makes it, timed to the sum of losses that all ranks wait for."""
@@ -86,14 +84,15 @@ def warm_up_packs(steps: list[list[Pack]], width: int, ran: list[Pack], lengths:
     width: packs of a micro-step, over all ranks. ran: those of earlier strategies; within their bounds nothing is new.
     """
     packs = [pack for step in steps for pack in step]
-    new = [max(packs, key=size) for size in SIZES]
-    new = [pack for pack, size in zip(new, SIZES, strict=True) if all(size(other) < size(pack) for other in ran)]
+    cost, tokens = lambda pack: pack.cost, lambda pack: pack.tokens
+    largest = [(size, max(packs, key=size)) for size in (cost, tokens)]
+    new = [pack for size, pack in largest if all(size(other) < size(pack) for other in ran)]
     kind = lambda pack: kernels_of(lengths[pack.sample_ids])
     met = {kind(pack) for pack in ran}
-    smallest = {kind(pack): pack for pack in sorted(packs, key=lambda pack: -pack.tokens)}
+    smallest = {kind(pack): pack for pack in sorted(packs, key=tokens, reverse=True)}  # of each kind the last one stays
     new += [pack for its, pack in sorted(smallest.items()) if its not in met]
     unlike = list({tuple(pack.sample_ids): pack for pack in new}.values())
-    alone = sorted(unlike, key=lambda pack: pack.cost)[:1] if width > 1 else []
+    alone = sorted(unlike, key=cost)[:1] if width > 1 else []
     return [pack for pack in unlike for _ in range(width)] + alone
 
 

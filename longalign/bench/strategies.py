@@ -20,6 +20,7 @@ from rich.table import Table
 from longalign.bench.plot import plot_strategies
 from longalign.bench.summary import Work, work_of
 from longalign.cluster.workers import run_workers
+from longalign.compare import given, strategy_of
 from longalign.config import to_yaml
 from longalign.data.plan import group, read_data
 from longalign.errors import UserError
@@ -30,7 +31,6 @@ from longalign.model.load import load_config
 from longalign.preflight import check_memory, count_parameters
 from longalign.progress import clock, console, warn
 from longalign.schema import Config, Strategy
-from longalign.stats import strategy_of
 
 
 def bench(config: Config, dry_run: bool) -> int:
@@ -38,10 +38,10 @@ def bench(config: Config, dry_run: bool) -> int:
     if config.cluster.launcher != "local":
         raise UserError(f"bench runs on this machine alone: cluster=auto instead of cluster={config.cluster.name}")
     config = resolve(config)
-    chosen: dict[str, Strategy] = {}
+    words, chosen = given(config.strategy), dict[str, Strategy]()
     for item in config.bench.strategies:
         try:
-            chosen[item] = strategy_of(item, config)
+            chosen[item] = strategy_of(item, words)
         except UserError as error:
             raise UserError(f"bench.strategies, {item!r}: {error}") from None
     check_ids(config)

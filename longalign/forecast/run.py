@@ -18,6 +18,7 @@ from rich import box
 from rich.table import Table
 
 from longalign.bench.run import Case, run_case
+from longalign.compare import names, of_each
 from longalign.data.packing import deal
 from longalign.data.plan import Plan, group, identity, is_fresh, lengths_of, read_data, steps_to_train
 from longalign.errors import UserError
@@ -28,9 +29,9 @@ from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
 from longalign.model.load import load_config
 from longalign.preflight import check_sequence_parallel, count_parameters
-from longalign.progress import Bar, console, warn
+from longalign.progress import console, warn
 from longalign.schema import Config
-from longalign.stats import ranks_of, strategies, strategy_of
+from longalign.stats import ranks_of
 
 STEPS = 100  # of a plan that are timed, evenly spread
 CPU_ADAM = 1e9  # parameters a second of a host's AdamW; not measured
@@ -51,22 +52,10 @@ def plan(config: Config, dry_run: bool) -> int:
     parameters, lengths = count_parameters(config), lengths_of(dataset)
     site = Site.of(config, parameters, gpu)
     config = site.config
-    chosen = strategies()
     if dry_run:
-        console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(chosen)} on {ranks} x {gpu.name}")
+        console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(names())} on {ranks} x {gpu.name}")
         return 0
-    steps: dict[str, dict[str, Any]] = {}
-    refused: dict[str, str] = {}
-    with Bar("plan", len(chosen), "strategies") as bar:
-        for name in chosen:
-            try:
-                mine = config.model_copy(update={"strategy": strategy_of(name, config)})
-                steps[name] = steps_of(mine, data, lengths)
-            except UserError as error:
-                refused[name] = str(error)
-            bar.advance(1, note=name)
-    if not steps:
-        raise UserError(refused[config.strategy.name])
+    steps, refused = of_each(config, "plan", lambda mine: steps_of(mine, data, lengths))
     worst = max(
         (p for s in steps.values() for step in s["packs"] for p in step), key=lambda p: (np.square(p).sum(), p.sum())
     )

@@ -19,6 +19,7 @@ from longalign.bench import ranks, strategies
 from longalign.bench.plot import plot_strategies
 from longalign.bench.summary import Work, idle_share, summarise, work_of
 from longalign.bench.tokens import write_random
+from longalign.compare import given, strategy_of
 from longalign.config import compose_config
 from longalign.data.batch import load_batch
 from longalign.data.packing import deal
@@ -26,7 +27,6 @@ from longalign.data.plan import Pack, read_data
 from longalign.errors import UserError
 from longalign.model.cost import Cost, PackSeconds
 from longalign.schema import Config
-from longalign.stats import strategy_of
 from tests.conftest import in_process
 
 LENGTHS = np.array([400, 30, 25, 160, 60, 12, 90, 45, 230, 10, 70, 33])
@@ -53,7 +53,7 @@ def items(*chosen: str) -> str:
 
 def prepared(words: list[str], folder: Path) -> tuple[Config, dict[str, Work]]:
     config = strategies.resolve(compose_config("bench", words))
-    chosen = {item: strategy_of(item, config) for item in config.bench.strategies}
+    chosen = {item: strategy_of(item, given(config.strategy)) for item in config.bench.strategies}
     return config, strategies.prepare(config, chosen, folder)
 
 
@@ -246,7 +246,7 @@ def test_sequence_parallel_ranks_are_one_group(words: list[str], tmp_path: Path)
 def test_settings_of_an_item_and_of_all(words: list[str]) -> None:
     config = compose_config("bench", [*words, items("packing packer=next_fit packs_per_step=6", "sorted")])
     assert config.bench.strategies == ["packing packer=next_fit packs_per_step=6", "sorted"]
-    packing, in_order = (strategy_of(item, config) for item in config.bench.strategies)
+    packing, in_order = (strategy_of(item, given(config.strategy)) for item in config.bench.strategies)
     assert (packing.name, packing.average, packing.packer, packing.packs_per_step) == ("packing", "pack", "next_fit", 6)
     assert (in_order.name, in_order.group_size, in_order.batch_size, in_order.packs_per_step) == ("sorted", 2, 4, 2)
 
