@@ -73,7 +73,8 @@ def ledger_table(manifest: dict[str, Any]) -> Table:
         "targets kept": "targets_kept",
     }
     for label, key in lines.items():
-        table.add_row(label, *(f"{entry[key]:,}" for entry in ledger.values()))
+        if ledger and all(key in entry for entry in ledger.values()):  # an earlier version did not count all of them
+            table.add_row(label, *(f"{entry[key]:,}" for entry in ledger.values()))
     for kind in ("changes", "dropped"):
         for reason in sorted({reason for entry in ledger.values() for reason in entry[kind]}):
             label = f"dropped: {reason}" if kind == "dropped" else reason

@@ -13,11 +13,12 @@ import pytest
 from datasets import load_from_disk
 
 from longalign import commands
+from longalign.bench.tokens import write_random
 from longalign.config import compose_config
 from longalign.data.plan import group
 from longalign.data.tokenize import tokenize
 from longalign.errors import UserError
-from longalign.files import read_json
+from longalign.files import read_json, write_json
 from longalign.schema import Config
 from longalign.stats import loss_warnings, stats, targets_lost
 from tests.conftest import conversation, longalign, write_jsonl
@@ -112,6 +113,26 @@ def test_a_setting_of_the_command_holds_for_every_strategy(tmp_path: Path, make:
     refused = stats(make(tmp_path / "out", "strategy.packs_per_step=6", "strategy.strata=4"))["strategies_refused"]
     assert set(refused) == {"balanced"}
     assert "strategy.strata=4 does not divide" in refused["balanced"], "as it would be in training"
+
+
+def test_what_was_not_counted_is_left_out(tmp_path: Path, tokenised: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data of an earlier version, whose ledger is shorter, and a benchmark's random data, which have none."""
+    manifest = tokenised()
+    shown = lambda data: (commands.stats(make(data), dry_run=False), capsys.readouterr().err)[1]
+    make = lambda data: compose_config(
+        "stats", [f"data_dir={data}", f"output_dir={tmp_path / 'out'}", "max_length=128"]
+    )
+    assert "tokens held out or not chosen" in shown(tmp_path / "data")
+    for entry in manifest["ledger"].values():
+        del entry["tokens_elsewhere"]
+    write_json(tmp_path / "data" / "manifest.json", manifest)
+    without = shown(tmp_path / "data")
+    assert "tokens held out or not chosen" not in without
+    assert "tokens kept" in without
+    write_random(tmp_path / "random", np.array([100, 20, 30]), np.array([9, 2, 3]), vocab=50, seed=0)
+    random = shown(tmp_path / "random")
+    assert "packing+weighting" in random
+    assert "tokens kept" not in random
 
 
 def test_a_setting_that_no_strategy_takes(tmp_path: Path, make: Callable[..., Config]) -> None:

@@ -53,7 +53,7 @@ def write_random(folder: Path, length: np.ndarray, n_target: np.ndarray, vocab: 
         labels = np.where(before_end <= np.repeat(n_target[rows], length[rows]), ids, IGNORE).astype(np.int32)
         return pa.ListArray.from_arrays(offsets, ids), pa.ListArray.from_arrays(offsets, labels)
 
-    told = {
+    told: dict[str, Any] = {
         "fingerprint": f"random-{seed}-{vocab}-{len(length)}-{length.sum()}-{n_target.sum()}",
         "model_shape": None,
         "tokenizer": "none, ids are random",
@@ -62,5 +62,7 @@ def write_random(folder: Path, length: np.ndarray, n_target: np.ndarray, vocab: 
         "tokens": int(length.sum()),
         "targets": int(n_target.sum()),
         "max_length": int(length.max()),
+        "truncate": "error",  # nothing was cut, and nothing else is told of sources
+        "ledger": {},
     }
     write_folder(folder, length, n_target, tokens, told)
