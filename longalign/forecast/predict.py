@@ -84,7 +84,8 @@ def estimate(
     """
     lengths = np.asarray(documents, dtype=np.float64)
     tokens, size, layers = float(lengths.sum()) / sequence_parallel, Bytes.of(shape), shape["layers"]  # of one GPU
-    room = gpu.memory * (1 - MARGIN) - fixed
+    twice = tokens * _sent(shape, sequence_parallel) if sequence_parallel > 1 else 0.0  # before and behind the exchange
+    room = gpu.memory * (1 - MARGIN) - fixed - twice
     limit = room / size.whole  # tokens of which everything is kept
     if slices and policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
         return _in_slices(lengths, limit, shape, gpu, fixed, host_room, sequence_parallel)
@@ -118,8 +119,9 @@ def estimate(
     seconds += float((attention * (1 + attention_again) / forward + 2 * attention / backward).sum())
     seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
     passes = 2 if kept == "everything" else 3  # forward, backward, and forward again
-    seconds += passes * tokens * _exchanged(shape, sequence_parallel) / gpu.link
-    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + peak, kept, host)
+    to_others = layers * _sent(shape, sequence_parallel) * (sequence_parallel - 1) / sequence_parallel
+    seconds += passes * tokens * to_others / gpu.link
+    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + twice + peak, kept, host)
 
 
 def _in_slices(
@@ -143,10 +145,9 @@ def _in_slices(
     return Pass(sum(one.seconds for one in found), peak, kept, host)
 
 
-def _exchanged(shape: dict[str, int], ranks: int) -> float:
-    """Bytes that a pass sends to other ranks, a token: q, k, v and attention's output of all layers, bf16."""
-    heads = 2 * shape["heads"] + 2 * lcm(shape["kv_heads"], ranks)  # see model/ulysses.py
-    return 2 * shape["layers"] * heads * shape["head_dim"] * (ranks - 1) / ranks
+def _sent(shape: dict[str, int], ranks: int) -> int:
+    """Bytes of a token's q, k, v and attention output, of one layer, bf16: what ranks exchange (model/ulysses.py)."""
+    return 2 * (2 * shape["heads"] + 2 * lcm(shape["kv_heads"], ranks)) * shape["head_dim"]
 
 
 def _again(shape: dict[str, int]) -> float:

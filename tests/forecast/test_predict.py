@@ -82,12 +82,12 @@ def test_a_pack_costs_what_its_documents_cost() -> None:
 
 
 def test_gpus_that_run_a_pack_together_share_its_time_and_memory() -> None:
-    """Each needs its tokens' memory, and half the time and a little for the exchange; many short documents too."""
+    """Each needs half the time and half the memory, and a little of both for the exchange; many short documents too."""
     for documents in ([65536], [1024] * 64):
         one, two = (predict(documents, LLAMA2_7B, H200, "selective", 0.0, sequence_parallel=n) for n in (1, 2))
         assert one is not None
         assert two is not None
-        assert two.peak == pytest.approx(one.peak / 2)
+        assert one.peak / 2 < two.peak < 0.6 * one.peak
         assert one.seconds / 2 < two.seconds < 0.6 * one.seconds
     most = 2**18
     assert predict([most], LLAMA2_7B, H200, "selective", WEIGHTS_AND_GRADIENTS) is None
