@@ -27,6 +27,7 @@ from longalign.forecast import gpus
 from longalign.forecast.fit import GIB, Site, does_not_fit, policies, policy_table
 from longalign.forecast.predict import Pass, predict
 from longalign.model import attention
+from longalign.model.cost import cost_of
 from longalign.model.load import load_config
 from longalign.preflight import check_sequence_parallel, count_parameters
 from longalign.progress import console, warn
@@ -52,6 +53,9 @@ def plan(config: Config, dry_run: bool) -> int:
     parameters, lengths = count_parameters(config), lengths_of(dataset)
     site = Site.of(config, parameters, gpu)
     config = site.config
+    if not (data["model_shape"] or config.strategy.cost):  # invented lengths, of no model: as bench does
+        cost = {"cost": list(cost_of(site.shape))}
+        config = config.model_copy(update={"strategy": config.strategy.model_copy(update=cost)})
     if dry_run:
         console.print(f"{config.data_dir}, {len(lengths):,} samples; {', '.join(names())} on {ranks} x {gpu.name}")
         return 0

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longalign.bench.tokens import write_random
 from longalign.config import compose_config
 from longalign.errors import UserError
 from longalign.forecast import fit, run
 from longalign.forecast.gpus import GPUS, H200
 from longalign.launch import prepare_run
+from longalign.model.cost import cost_of, shape_of
+from longalign.model.load import load_config
 from longalign.schema import Config
 
 Plan = Callable[..., dict[str, Any]]
@@ -174,6 +177,21 @@ def test_a_dry_run_tells_what_is_kept(run_config: Callable[..., Config], tmp_pat
     assert planned.startswith("budget; predicted for the costliest micro-step (128 tokens): ")
     assert "of the H100's 79.1 GiB" in planned
     assert planned.endswith("kept: everything")
+
+
+def test_lengths_of_no_model_are_balanced_by_the_planned_ones_flops(
+    plan: Plan, base_words: list[str], tmp_path: Path
+) -> None:
+    """As with strategy.cost of its FLOPs, and not by tokens, which let packs of short documents wait for a long one."""
+    length = np.array([60_000] * 4 + [1_000] * 240)
+    write_random(tmp_path / "random", length, length // 10, vocab=300, seed=1)
+    words = [f"data_dir={tmp_path / 'random'}", "strategy=balanced", "strategy.strata=1", "max_length=60000"]
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+    words += ["strategy.packer=best_fit", "cluster.zero_stage=3", *(f"model.config.{k}={v}" for k, v in shape.items())]
+    idle = lambda *cost: plan(*words, "cluster.processes=4", *cost)["strategies"]["balanced"]["idle"]
+    cost = cost_of(shape_of(load_config(compose_config("plan", [*base_words, *words]))))
+    assert idle() == idle(f"strategy.cost={list(cost)}")
+    assert idle() < idle("strategy.cost=[1,0]")
 
 
 @pytest.mark.parametrize(
