@@ -84,9 +84,10 @@ def estimate(
     """
     lengths = np.asarray(documents, dtype=np.float64)
     tokens, size, layers = float(lengths.sum()) / sequence_parallel, Bytes.of(shape), shape["layers"]  # of one GPU
-    twice = tokens * _sent(shape, sequence_parallel) if sequence_parallel > 1 else 0.0  # before and behind the exchange
-    room = gpu.memory * (1 - MARGIN) - fixed - twice
-    limit = room / size.whole  # tokens of which everything is kept
+    sent = _sent(shape, sequence_parallel) if sequence_parallel > 1 else 0  # stands before and behind the exchange
+    free = gpu.memory * (1 - MARGIN) - fixed
+    room = free - tokens * sent
+    limit = free / (size.whole + sent)  # tokens of which everything is kept
     if slices and policy == "budget" and LEAST_SLICE <= limit < tokens and len(lengths) > 1:
         return _in_slices(lengths, limit, shape, gpu, fixed, host_room, sequence_parallel)
     again, attention_again, host = 1.0, 0.0, 0.0  # shares of layers that compute matrices and attention again
@@ -119,9 +120,9 @@ def estimate(
     seconds += float((attention * (1 + attention_again) / forward + 2 * attention / backward).sum())
     seconds += tokens * layers * shape["hidden"] * OTHER_BYTES * (1 + again / 3) / gpu.bandwidth
     passes = 2 if kept == "everything" else 3  # forward, backward, and forward again
-    to_others = layers * _sent(shape, sequence_parallel) * (sequence_parallel - 1) / sequence_parallel
+    to_others = layers * sent * (sequence_parallel - 1) / sequence_parallel
     seconds += passes * tokens * to_others / gpu.link
-    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + twice + peak, kept, host)
+    return Pass(max(seconds + OVERHEAD, layers * LAUNCHES), fixed + tokens * sent + peak, kept, host)
 
 
 def _in_slices(
